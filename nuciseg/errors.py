@@ -1,0 +1,50 @@
+"""Every error a user can cause, with the value, the place and the cure in its message.
+
+NucisegError
+├── ConfigError         an unknown key, a value out of range, a search space that cannot be sampled
+├── DataError           a folder, image or solution that cannot be used
+├── CheckpointError     not a checkpoint, truncated, or of another schema
+├── ResourceError       more workers or GPUs than there are; no space, no permission
+└── TrainingError       training cannot go on
+    ├── NonFiniteLossError   the loss became NaN or infinite
+    └── OutOfMemoryError     the batch does not fit
+
+A command prints the message as one sentence and leaves with exit code 2 (TrainingError: 1). Anything else is our
+own bug and keeps its traceback.
+"""
+
+
+class NucisegError(Exception):
+    """Base of all errors that a user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(NucisegError):
+    """The configuration cannot be used."""
+
+
+class DataError(NucisegError):
+    """The data cannot be used."""
+
+
+class CheckpointError(NucisegError):
+    """The checkpoint cannot be used."""
+
+
+class ResourceError(NucisegError):
+    """The machine or cluster lacks what was asked for."""
+
+
+class TrainingError(NucisegError):
+    """Training cannot go on."""
+
+    exit_code = 1
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The batch does not fit in memory."""
