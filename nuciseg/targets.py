@@ -1,0 +1,247 @@
+"""What the network is taught and how its answer is read: `encode(labels) -> maps`, `decode(maps) -> instances`.
+
+Every target has two maps, "foreground" (inside any nucleus) and "border". They differ in the border:
+
+- `touching_border`: only the line between touching nuclei. The outer edge is already given by the foreground, and
+  a network that does not have to repeat it spends its effort on the separations.
+- `full_border`: that line and the outer edge of every nucleus, the solution of the original study.
+
+Decoding must survive a border that does not close, the usual failure of such networks. Cutting the foreground along
+the thresholded border and taking connected regions joins two nuclei through a gap of one pixel. Here two parts are
+one nucleus only if the passage between them is wide compared with the parts: see `_separate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from skimage.segmentation import watershed
+
+from nuciseg.section import Section
+from nuciseg.types import Instances
+
+FloatImage = NDArray[np.float32]
+LabelImage = NDArray[np.int32]
+LabelImage16 = NDArray[np.uint16]
+Mask = NDArray[np.bool_]
+
+MAP_NAMES = ("foreground", "border")
+
+
+class DecodeConfig(Section):
+    """How probabilities become nuclei. None of these is trained: choose them on validation maps (`decode_grid`)."""
+
+    foreground_threshold: float = Field(
+        default=0.5, gt=0, lt=1, description="a pixel lies in a nucleus if its foreground probability reaches this"
+    )
+    border_threshold: float = Field(
+        default=0.35, gt=0, lt=1, description="a pixel is border if its border probability reaches this"
+    )
+    gap_closing: float = Field(
+        default=0.55, ge=0, le=1,
+        description="two parts are cut if the gap between them is narrower than this share of the narrower part's "
+        "width; 0: only closed borders separate, 1: every constriction separates",
+    )
+    min_area_px: int = Field(
+        default=20, ge=1, description="smaller parts join the neighbour they are most open to, or vanish, in pixels"
+    )
+
+
+class TouchingBorderConfig(Section):
+    """Foreground, and the line between touching nuclei."""
+
+    kind: Literal["touching_border"] = "touching_border"
+    width_px: int = Field(default=3, ge=1, le=31, description="full width of the line between two nuclei, in pixels")
+    decode: DecodeConfig = Field(default=DecodeConfig(), description="how probabilities become nuclei")
+
+
+class FullBorderConfig(Section):
+    """Foreground, and the whole outline of every nucleus (the original study's solution)."""
+
+    kind: Literal["full_border"] = "full_border"
+    width_px: int = Field(
+        default=3, ge=1, le=31,
+        description="width of the outline in pixels: inside the nucleus at its outer edge, both sides together "
+        "between two nuclei",
+    )
+    decode: DecodeConfig = Field(default=DecodeConfig(), description="how probabilities become nuclei")
+
+
+TargetConfig = Annotated[TouchingBorderConfig | FullBorderConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way of teaching labels; make it with `build_target`. Picklable and stateless."""
+
+    config: TouchingBorderConfig | FullBorderConfig
+    map_names: tuple[str, ...] = MAP_NAMES
+    border_index: int = MAP_NAMES.index("border")
+
+    def encode(self, labels_HW: LabelImage) -> FloatImage:
+        """The maps (K, H, W), 0 or 1, that a perfect network would answer with; all 0 where labels are negative.
+
+        The image's edge is no border: a nucleus that it cuts goes on outside.
+        """
+        compact_HW: LabelImage16 | FloatImage = np.maximum(labels_HW, 0).astype(np.uint16)
+        if labels_HW.max(initial=0) > 65534:  # cv2 dilates no int32; float32 holds ids up to 2^24 exactly
+            compact_HW = np.maximum(labels_HW, 0).astype(np.float32)
+        border_HW = _line_between(compact_HW, self.config.width_px)
+        if self.config.kind == "full_border":
+            inside_HW = (labels_HW != 0).astype(np.uint8)  # ignored pixels are not known to be outside
+            border_HW |= (compact_HW > 0) & (cv2.erode(inside_HW, _disk(2 * self.config.width_px + 1)) == 0)
+        maps_KHW = np.empty((2, *labels_HW.shape), np.float32)
+        maps_KHW[0] = compact_HW > 0
+        maps_KHW[1] = border_HW & (labels_HW >= 0)
+        return maps_KHW
+
+    def decode(self, probabilities_KHW: FloatImage) -> Instances:
+        """Nuclei from probabilities (K, H, W) in [0, 1].
+
+        A nucleus' confidence is its mean foreground probability, times how closed the narrowest cut to a neighbour is
+        (1 for a closed border or no neighbour, less the wider the gap that had to be bridged).
+        """
+        foreground_HW, border_HW = np.asarray(probabilities_KHW, np.float32)
+        return _separate(foreground_HW, border_HW, self.config.decode)
+
+
+def build_target(config: TouchingBorderConfig | FullBorderConfig) -> Target:
+    """The target that `config` describes."""
+    return Target(config)
+
+
+def decode_grid(
+    config: TouchingBorderConfig | FullBorderConfig,
+) -> list[TouchingBorderConfig | FullBorderConfig]:
+    """`config` itself, then the same target with other decode parameters, to choose among on validation maps."""
+    alternatives = [
+        DecodeConfig(
+            foreground_threshold=config.decode.foreground_threshold, border_threshold=border_threshold,
+            gap_closing=gap_closing, min_area_px=min_area_px,
+        )
+        for border_threshold in (0.2, 0.35, 0.5)
+        for gap_closing in (0.3, 0.45, 0.55, 0.65)
+        for min_area_px in (config.decode.min_area_px, 5 * config.decode.min_area_px)
+    ]
+    return [config] + [config.model_copy(update={"decode": d}) for d in alternatives if d != config.decode]
+
+
+@lru_cache(maxsize=64)
+def _disk(diameter_px: int) -> NDArray[np.uint8]:
+    """A disk as structuring element; of even diameter it is centred between pixels."""
+    offset = np.arange(diameter_px) - (diameter_px - 1) / 2
+    return (offset[:, None] ** 2 + offset**2 <= (diameter_px / 2) ** 2).astype(np.uint8)
+
+
+def _line_between(labels_HW: LabelImage16 | FloatImage, width_px: int) -> Mask:
+    """Pixels with two different nuclei under a disk of diameter width + 1: a line `width_px` wide between neighbours.
+
+    An odd width cannot lie evenly on the crack between two pixels: it is half a pixel off.
+    """
+    kernel = _disk(width_px + 1)
+    largest_HW = cv2.dilate(labels_HW, kernel)
+    above_all = np.array(65535 if labels_HW.dtype == np.uint16 else np.inf, labels_HW.dtype)
+    smallest_HW = cv2.erode(np.where(labels_HW > 0, labels_HW, above_all), kernel)
+    return np.asarray((largest_HW > 0) & (smallest_HW < largest_HW))
+
+
+def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeConfig) -> Instances:
+    """Cut the foreground into nuclei along the border, closing the border's gaps.
+
+    The distance to the nearest outside or border pixel is a landscape whose hills are the nuclei; the pass between two
+    hills is half as high as the gap in the border between them is wide. Hills are joined, highest pass first,
+    where the pass reaches `gap_closing` of the lower summit: h-maxima of the logarithm of the distance
+    (cf. Vincent 1993, "dynamics" of Grimaud 1992; scale-free, so it fits small and large nuclei alike).
+    Border pixels themselves have height 0 and go to the nucleus that reaches them first, so labels touch.
+    """
+    inside_HW = foreground_HW >= config.foreground_threshold
+    interior_HW = inside_HW & (border_HW < config.border_threshold)
+    height_HW = cv2.distanceTransform(interior_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    summits_HW = interior_HW & (height_HW >= cv2.dilate(height_HW, np.ones((3, 3), np.uint8)))
+    num_seeds, seeds_HW = cv2.connectedComponents(summits_HW.astype(np.uint8), connectivity=8)
+    if num_seeds == 1:
+        return Instances(np.zeros(inside_HW.shape, np.int32), np.zeros(0, np.float32))
+    hills_HW = watershed(-height_HW, seeds_HW, mask=inside_HW)
+    group_of = _join_hills(hills_HW, height_HW, num_seeds, config)
+    labels_HW = group_of[hills_HW].astype(np.int32)
+    return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Where regions meet: region `first[i]` < `second[i]` touch, and the highest way across has `height[i]`."""
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    height: NDArray[np.float64]
+
+
+def _passes(regions_HW: LabelImage, height_HW: FloatImage) -> _Passes:
+    """The highest pass between each two regions that touch side by side."""
+    firsts, seconds, heights = [], [], []
+    for a, b in (
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1, :], np.s_[1:, :]),
+    ):
+        region_a, region_b = regions_HW[a], regions_HW[b]
+        meets = (region_a != region_b) & (region_a > 0) & (region_b > 0)
+        region_a, region_b = region_a[meets], region_b[meets]
+        firsts.append(np.minimum(region_a, region_b))
+        seconds.append(np.maximum(region_a, region_b))
+        heights.append(np.minimum(height_HW[a][meets], height_HW[b][meets]))
+    num_regions = int(regions_HW.max(initial=0)) + 1
+    key = np.concatenate(firsts).astype(np.int64) * num_regions + np.concatenate(seconds)
+    pairs, pair_of = np.unique(key, return_inverse=True)
+    height = np.zeros(len(pairs))
+    np.maximum.at(height, pair_of, np.concatenate(heights))
+    return _Passes(pairs // num_regions, pairs % num_regions, height)
+
+
+def _join_hills(
+    hills_HW: LabelImage, height_HW: FloatImage, num_hills: int, config: DecodeConfig
+) -> NDArray[np.int64]:
+    """Which nucleus (0 none, 1..N) each hill belongs to; `num_hills` counts the background as hill 0."""
+    passes = _passes(hills_HW, height_HW)
+    summit = np.zeros(num_hills)
+    np.maximum.at(summit, hills_HW.ravel(), height_HW.ravel())
+    area_px = np.bincount(hills_HW.ravel(), minlength=num_hills)
+    root = np.arange(num_hills)
+
+    def join(a: int, b: int) -> None:
+        root[root == b] = a
+        summit[a] = max(summit[a], summit[b])
+        area_px[a] += area_px[b]
+
+    highest_first = np.lexsort((passes.second, passes.first, -passes.height))
+    for i in highest_first:
+        a, b, height = root[passes.first[i]], root[passes.second[i]], passes.height[i]
+        if a != b and height > 0 and height >= config.gap_closing * min(summit[a], summit[b]):
+            join(a, b)
+    for i in highest_first:
+        a, b = root[passes.first[i]], root[passes.second[i]]
+        if a != b and min(area_px[a], area_px[b]) < config.min_area_px:
+            join(a, b)
+    kept = [hill for hill in np.unique(root[1:]) if area_px[hill] >= config.min_area_px]
+    number = np.zeros(num_hills, np.int64)
+    number[kept] = np.arange(1, len(kept) + 1)
+    return number[root]
+
+
+def _confidences(labels_HW: LabelImage, height_HW: FloatImage, foreground_HW: FloatImage) -> NDArray[np.float32]:
+    num_bins = int(labels_HW.max(initial=0)) + 1
+    area_px = np.bincount(labels_HW.ravel(), minlength=num_bins)
+    confidences = np.bincount(labels_HW.ravel(), foreground_HW.ravel(), num_bins) / np.maximum(area_px, 1)
+    summit = np.zeros(num_bins)
+    np.maximum.at(summit, labels_HW.ravel(), height_HW.ravel())
+    passes = _passes(labels_HW, height_HW)
+    lower_summit = np.maximum(np.minimum(summit[passes.first], summit[passes.second]), 1)
+    closed = np.ones(num_bins)
+    for ends in (passes.first, passes.second):
+        np.minimum.at(closed, ends, np.clip(1 - passes.height / lower_summit, 0, 1))
+    return np.asarray((confidences * closed)[1:], np.float32)
