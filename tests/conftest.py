@@ -1,0 +1,103 @@
+"""What all tests share: an environment that calls nobody, the slow switch, real data, one Ray session."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch, ray, wandb and albumentations are imported here or in any process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # thread pools of several processes on few cores fight each other
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    WANDB_MODE="offline",
+    WANDB_BASE_URL="http://127.0.0.1:9",  # nobody listens there
+    WANDB_SILENT="true",
+    HF_HUB_OFFLINE="1",
+    NO_ALBUMENTATIONS_UPDATE="1",
+    MPLBACKEND="agg",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+NUM_LOGICAL_CPUS = 4  # Ray schedules by this number, not by cores: enough for two trials of two workers anywhere
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decoded images go to a cache of this session, which its child processes share and which is gone at the end."""
+    cache = tempfile.TemporaryDirectory(prefix="nuciseg-cache-", ignore_cleanup_errors=True)
+    os.environ["NUCISEG_CACHE"] = cache.name
+    config.add_cleanup(cache.cleanup)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: give --run-slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+def _real_data(name: str) -> Path:
+    data = os.environ.get("NUCISEG_DATA")
+    if not data:
+        pytest.skip(f"no real data: set NUCISEG_DATA to the folder that holds {name}/")
+    root = Path(data) / name
+    if not root.is_dir():
+        pytest.skip(f"NUCISEG_DATA is {data}, which has no folder {name}")
+    return root.resolve()
+
+
+@pytest.fixture(scope="session")
+def nucleus_root() -> Path:
+    """The real nucleus clusters: {train,test}/X.png beside {train,test}/solutions/X.png."""
+    return _real_data("nucleus")
+
+
+@pytest.fixture(scope="session")
+def dsb2018_root() -> Path:
+    """The real fluorescence fields: {train,test}/{images,masks}/X.tif."""
+    return _real_data("dsb2018")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray instance on this machine for all tests that need one; starting one takes seconds."""
+    import ray
+
+    ray.init(
+        num_cpus=NUM_LOGICAL_CPUS,
+        num_gpus=0,
+        # Ray Train frees the placement groups of stopped trials through the State API, which the dashboard serves.
+        include_dashboard=True,
+        object_store_memory=256 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _unit_tests_stay_on_this_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that connects to another machine fails at once and says where it wanted to go."""
+    if "unit" not in request.path.parts:
+        return
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else "unix socket"
+        if self.family in (socket.AF_INET, socket.AF_INET6) and host not in ("localhost", "127.0.0.1", "::1"):
+            raise AssertionError(f"a unit test wanted to connect to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)

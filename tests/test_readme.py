@@ -1,0 +1,155 @@
+"""The README is true: its commands run, its settings exist, its file tree is the repository's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nuciseg.config import known_keys
+from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+INSTALL_COMMANDS = [
+    line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()
+]
+EXAMPLES = re.findall(r"`(python -m nuciseg[^`]*)`", README)
+SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_processes 0"
+SHORT_SEARCH = f"{SHORT_TRAINING} --search.num_trials 1"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder to run the README's commands in, and the images that its DIR stands for."""
+
+    folder: Path
+    data_root: Path
+
+    def run(self, command: str, timeout_s: float = 280) -> str:
+        """Run `command`; returns what it printed and fails with that where the command fails."""
+        words = shlex.split(command)
+        assert words[0] == "python"
+        result = subprocess.run(
+            [sys.executable, *words[1:]],
+            cwd=self.folder,
+            env=os.environ | {"COLUMNS": "300"},  # tables keep paths on one line
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert result.returncode == 0, f"{command}: exit code {result.returncode}\n{result.stdout}"
+        return result.stdout
+
+    def printed_checkpoint(self, output: str) -> Path:
+        """The path among the words of `output` that a user would take for the checkpoint."""
+        paths = [
+            self.folder / word.strip(".,;:'\"()") for word in output.split() if "checkpoint" in word or "best" in word
+        ]
+        existing = [path for path in paths if path.exists()]
+        assert existing, f"no path of a checkpoint was printed:\n{output}"
+        return existing[-1]
+
+
+def example(verb: str) -> str:
+    """The README's one example of `verb`."""
+    (command,) = (command for command in EXAMPLES if command.startswith(f"python -m nuciseg.{verb} "))
+    return command
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
+    write_nucleus_folder(SyntheticConfig(), folder / "clusters", num_train=12, num_test=3, seed=0)
+    return Workplace(folder, folder / "clusters")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workplace: Workplace) -> Path:
+    """What the README's example of `train` leaves behind."""
+    command = example("train").replace("DIR", str(workplace.data_root))
+    return workplace.printed_checkpoint(workplace.run(f"{command} {SHORT_TRAINING}"))
+
+
+def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() -> None:
+    (first, second) = INSTALL_COMMANDS
+    assert first == "pip install -e . && python -m nuciseg.tune"
+    assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
+    verbs = {command.split()[2] for command in EXAMPLES}
+    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("tune", "train", "evaluate", "predict"))}
+
+
+def test_the_verbs_are_listed(workplace: Workplace) -> None:
+    listed = workplace.run("python -m nuciseg")
+    assert all(verb in listed for verb in ("tune", "train", "evaluate", "predict"))
+
+
+def test_train(checkpoint: Path) -> None:
+    assert checkpoint.exists()
+
+
+def test_evaluate(workplace: Workplace, checkpoint: Path) -> None:
+    command = example("evaluate").replace("DIR", str(workplace.data_root)).replace("CHECKPOINT", str(checkpoint))
+    workplace.run(command)
+    assert list(workplace.folder.rglob("scores.json")), "evaluate writes scores.json"
+
+
+def test_predict(workplace: Workplace, checkpoint: Path) -> None:
+    image = min((workplace.data_root / "test").glob("*.png"))
+    workplace.run(example("predict").replace("CHECKPOINT", str(checkpoint)).replace("IMAGE", str(image)))
+    written = {path.suffix for path in (workplace.folder / "labels").rglob(f"{image.stem}*")}
+    assert {".tif", ".png"} <= written
+
+
+@pytest.mark.slow
+def test_tune_on_own_images(workplace: Workplace) -> None:
+    output = workplace.run(f"{example('tune').replace('DIR', str(workplace.data_root))} {SHORT_SEARCH}")
+    assert workplace.printed_checkpoint(output)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_tune_with_nothing_else(workplace: Workplace) -> None:
+    """The first thing that a new user sees; the README says about 5 minutes."""
+    started = time.monotonic()
+    output = workplace.run("python -m nuciseg.tune", timeout_s=900)
+    assert workplace.printed_checkpoint(output)
+    assert "wandb" in output.lower(), "says how to look at the runs"
+    assert time.monotonic() - started < 600
+
+
+def test_settings_exist() -> None:
+    keys = set(known_keys())
+    named = set(re.findall(r"--((?:\w+\.)+\w+)", README)) | {"search.space", "data.synthetic"}
+    assert named <= keys, f"the README names settings that do not exist: {sorted(named - keys)}"
+
+
+def tree_paths() -> list[str]:
+    """The paths in the README's file tree, relative to the repository."""
+    (tree,) = re.findall(r"^```text\n(.*?)^```", README, re.M | re.S)
+    lines = tree.splitlines()
+    return [f"nuciseg/{line.split()[0]}" if line.startswith("  ") else line.split()[0] for line in lines]
+
+
+def test_the_file_tree_is_the_repository() -> None:
+    tree = {path.rstrip("/") for path in tree_paths()}
+    missing = [path for path in tree if not (ROOT / path).exists()]
+    assert not missing, f"in the README's tree, but not in the repository: {missing}"
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    top = {name.split("/")[0] for name in names}
+    package = {"/".join(name.split("/")[:2]) for name in names if name.startswith("nuciseg/")} - {"nuciseg/__init__.py"}
+    assert (top | package) - tree == set(), "in the repository, but not in the README's tree"

@@ -1,0 +1,135 @@
+"""Promises about the repository as a whole: places, sizes, import direction, changelog, links, the cluster file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import nuciseg
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 450
+TEXT_SUFFIXES = {"", ".cfg", ".ini", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+
+
+def repository_files() -> list[Path]:
+    """Every file that is tracked or would be with `git add .`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in sorted(set(names.split("\0"))) if name and (ROOT / name).is_file()]
+
+
+def text_files() -> list[Path]:
+    return [path for path in repository_files() if path.suffix in TEXT_SUFFIXES]
+
+
+def run_lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    machine_path = re.compile(r"(?<![\w.~}$-])/(?:work|root|tmp|home|Users|mnt)/\w")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if machine_path.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_python_files_keep_to_one_subject() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in repository_files()}
+    too_long = {str(path.relative_to(ROOT)): n for path, n in lengths.items() if path.suffix == ".py" and n > MAX_LINES}
+    assert not too_long, f"longer than {MAX_LINES} lines: {too_long}"
+
+
+def test_imports_go_downward_only() -> None:
+    result = run_lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("engine/planted.py", "import ray"),
+        ("labels.py", "import nuciseg.metrics"),
+        ("losses.py", "import albumentations"),
+        ("engine/planted.py", "import wandb"),
+        ("without_a_layer.py", ""),
+    ],
+)
+def test_a_forbidden_import_is_noticed(tmp_path: Path, module: str, line: str) -> None:
+    shutil.copytree(ROOT / "nuciseg", tmp_path / "nuciseg", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "nuciseg" / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    result = run_lint_imports(tmp_path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert Path(module).stem in result.stdout
+
+
+def test_importing_the_package_does_no_work() -> None:
+    code = "import sys, nuciseg; print(sorted({'torch', 'ray', 'wandb', 'numpy', 'albumentations'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_changelog_keeps_its_form() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# Changelog"
+    sections = [line for line in lines if line.startswith("## ")]
+    assert sections[0] == "## [Unreleased]"
+    releases = [re.fullmatch(r"## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})", line) for line in sections[1:]]
+    assert all(releases), f"a release's heading is '## [1.2.3] - 2030-01-31': {sections[1:]}"
+    dates = [release[2] for release in releases if release]
+    assert dates == sorted(dates, reverse=True), "newest first"
+    if releases and releases[0]:
+        assert releases[0][1] == nuciseg.__version__
+    kinds = {line for line in lines if line.startswith("### ")}
+    assert kinds <= {f"### {kind}" for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")}
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    broken = []
+    for document in (path for path in repository_files() if path.suffix == ".md"):
+        text = re.sub(
+            r"<!--.*?-->|^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+        )
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            linked = (document.parent / name) if name else document
+            if not linked.exists() or (anchor and anchor not in anchors(linked)):
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not broken, "\n".join(broken)
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that a Markdown viewer makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_ray_accepts_the_cluster_file() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")))
+    validate_config(config)
+    assert config["head_node_type"] in config["available_node_types"]
+    workers = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
+    assert workers, "a cluster without workers"
+    for worker in workers:
+        assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+        assert worker["min_workers"] == 0, "an idle cluster costs the head alone"
+        assert worker["max_workers"] <= config["max_workers"]
