@@ -1,0 +1,54 @@
+"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `detect`, `read` and `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nuciseg.data.formats import labels, nucleus
+from nuciseg.data.formats.folders import listed
+from nuciseg.errors import ConfigError, DataError
+from nuciseg.types import Record, Sample
+
+FormatName = Literal["auto", "nucleus", "labels", "synthetic"]
+
+
+class DataFormat(Protocol):
+    """What a module of this package offers."""
+
+    NAME: str
+    LAYOUT: str  # as the user sees it in a message
+
+    def detect(self, root: Path) -> bool: ...
+
+    def read(self, root: Path, split: str) -> list[Record]: ...
+
+    def load(self, record: Record) -> Sample: ...
+
+
+_FORMATS: tuple[DataFormat, ...] = (nucleus, labels)
+
+
+def get_format(name: str) -> DataFormat:
+    """The layout called `name`."""
+    for data_format in _FORMATS:
+        if name == data_format.NAME:
+            return data_format
+    names = ", ".join(data_format.NAME for data_format in _FORMATS)
+    raise ConfigError(f"There is no data format '{name}'; choose one of auto, {names}.")
+
+
+def detect_format(root: Path) -> DataFormat:
+    """The layout of the folder `root`. Raises `DataError` where none fits, or more than one."""
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"The data folder {root} does not exist; check data.root.")
+    found = [data_format for data_format in _FORMATS if data_format.detect(root)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(data_format.NAME for data_format in found)
+        raise DataError(f"The data folder {root} fits the formats {names}; say which one with data.format.")
+    layouts = "; ".join(f"{data_format.NAME}: {data_format.LAYOUT}" for data_format in _FORMATS)
+    content = listed(path.name for path in root.iterdir()) or "nothing"
+    raise DataError(f"The data folder {root} has no known layout ({layouts}); it holds {content}.")

@@ -1,0 +1,76 @@
+"""Images with label images: `ROOT/{train,test}/{images,masks}/STEM.{tif,tiff,png}`, or ROOT itself holding `images`
+and `masks`.
+
+An image is 8- or 16-bit grey. Its label image has the same stem and size and one integer id per nucleus: 0 is
+background, negative pixels are ignored in every loss and score. A file `groups.csv` (columns `id,group`) beside the
+two folders says which images were cut from one field; images of one group never straddle train and validation.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from nuciseg.data.formats.folders import groups_of_duplicates, listed, pair_files, split_folder
+from nuciseg.errors import DataError
+from nuciseg.images import read_image, read_labels
+from nuciseg.types import Record, Sample
+
+NAME = "labels"
+LAYOUT = "train/images/STEM.tif with train/masks/STEM.tif (or .tiff, .png)"
+
+IMAGES, MASKS, GROUPS = "images", "masks", "groups.csv"
+SUFFIXES = (".tif", ".tiff", ".png")
+
+
+def detect(root: Path) -> bool:
+    """Whether `root`, `root/train` or `root/test` holds the folders `images` and `masks`."""
+    folders = (root, root / "train", root / "test")
+    return any((folder / IMAGES).is_dir() and (folder / MASKS).is_dir() for folder in folders)
+
+
+def read(root: Path, split: str) -> list[Record]:
+    """The records of a split, sorted by id.
+
+    The group is what `groups.csv` says; without that file each image is its own group, except that images with the
+    same bytes share one. Raises `DataError` for a missing or empty folder, unpaired files and a bad `groups.csv`.
+    """
+    folder = split_folder(Path(root), split, (IMAGES, MASKS))
+    pairs = pair_files(folder / IMAGES, folder / MASKS, SUFFIXES, "label image")
+    images = {id: image for id, image, _ in pairs}
+    table = folder / GROUPS
+    groups = _read_groups(table, images) if table.is_file() else groups_of_duplicates(images)
+    return [Record(id, image, (mask,), groups[id]) for id, image, mask in pairs]
+
+
+def load(record: Record) -> Sample:
+    """Decode one pair: `image_HWC` uint8 or uint16 with C = 1, `labels_HW` int32 with the ids of the file.
+
+    Raises `DataError` for unreadable or coloured files, labels that are no integers, and labels of another size.
+    """
+    assert record.image_path is not None
+    image_HW, labels_HW = read_image(record.image_path), read_labels(record.label_paths[0])
+    if image_HW.shape != labels_HW.shape:
+        raise DataError(
+            f"{record.label_paths[0]} is {labels_HW.shape[0]} x {labels_HW.shape[1]} pixels (height x width) and its "
+            f"image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
+        )
+    return Sample(image_HW[..., None], labels_HW)
+
+
+def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read as a CSV table ({error}); save it as UTF-8.") from error
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        id, group = row.get("id"), row.get("group")
+        if not id or not group:
+            raise DataError(f"{table} line {number} lacks an id or a group; the header is 'id,group'.")
+        if groups.setdefault(id, group) != group:
+            raise DataError(f"{table} puts '{id}' into both '{groups[id]}' and '{group}'; keep one of the lines.")
+    if missing := images.keys() - groups.keys():
+        raise DataError(f"{table} has no group for {listed(missing)}; add a line 'id,group' for each image.")
+    return groups

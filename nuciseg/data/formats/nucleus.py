@@ -1,0 +1,105 @@
+"""The layout of the Kaggle data set gnovis/nucleus: nucleus clusters, and solutions with the border of every nucleus.
+
+`ROOT/{train,test}/X.png` beside `ROOT/{train,test}/solutions/X.png`, or ROOT itself being one such folder. Images are
+8-bit grey: 0 outside the cluster, the cluster's outer border drawn in 255. Solutions are of the same size, 255 on the
+complete border of every nucleus and 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from nuciseg.data.formats.folders import groups_of_duplicates, pair_files, split_folder
+from nuciseg.errors import DataError
+from nuciseg.images import read_image
+from nuciseg.types import Record, Sample
+
+NAME = "nucleus"
+LAYOUT = "train/X.png beside train/solutions/X.png"
+
+SOLUTIONS = "solutions"
+BORDER_THRESHOLD = 127  # of 255: halfway
+# A region of fewer pixels is a speck between drawn lines. The smallest nucleus of gnovis/nucleus has 561 pixels.
+MIN_NUCLEUS_AREA_PX = 20
+# How far a nucleus grows over the line. The drawn lines of gnovis/nucleus reach 5.8 px where several meet.
+MAX_BORDER_DEPTH_PX = 8.0
+
+
+def detect(root: Path) -> bool:
+    """Whether `root`, `root/train` or `root/test` holds a folder `solutions`."""
+    return any((folder / SOLUTIONS).is_dir() for folder in (root, root / "train", root / "test"))
+
+
+def read(root: Path, split: str) -> list[Record]:
+    """The records of a split, sorted by id.
+
+    File names of this data set say nothing about the field a crop was cut from, so each image is its own group; only
+    images with the same bytes share one. Raises `DataError` for a missing or empty folder and for unpaired files.
+    """
+    folder = split_folder(Path(root), split, (SOLUTIONS,))
+    pairs = pair_files(folder, folder / SOLUTIONS, (".png",), "solution")
+    groups = groups_of_duplicates({id: image for id, image, _ in pairs})
+    return [Record(id, image, (solution,), groups[id]) for id, image, solution in pairs]
+
+
+def load(record: Record) -> Sample:
+    """Decode one pair: `image_HWC` uint8 with C = 1, `labels_HW` int32 (see `labels_from_solution`).
+
+    Raises `DataError` for an image that is not 8-bit grey, a solution of another size, and a solution that encloses
+    no nucleus.
+    """
+    assert record.image_path is not None
+    image_HW, solution_HW = _read_8_bit(record.image_path), _read_8_bit(record.label_paths[0])
+    if image_HW.shape != solution_HW.shape:
+        raise DataError(
+            f"{record.label_paths[0]} is {solution_HW.shape[0]} x {solution_HW.shape[1]} pixels (height x width) and "
+            f"its image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
+        )
+    labels_HW = labels_from_solution(image_HW, solution_HW)
+    if not labels_HW.any():
+        what = "encloses no nucleus" if np.any(solution_HW > BORDER_THRESHOLD) else "is all black"
+        raise DataError(
+            f"The solution {record.label_paths[0]} {what}; draw the closed border of every nucleus in white (255) "
+            "or remove the pair."
+        )
+    return Sample(image_HW[..., None], labels_HW)
+
+
+def labels_from_solution(image_HW: NDArray[np.uint8], solution_HW: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """The nuclei that a drawn border encloses: int32, 0 background, 1..N from the top left.
+
+    A nucleus is a 4-connected region without border that does not touch the image's edge and whose median in the
+    image is above 0. Background enclosed between nuclei is 0 there, and area cannot tell it from a nucleus: such
+    holes reach 692 px in gnovis/nucleus, where the smallest nucleus has 561 px. Regions below `MIN_NUCLEUS_AREA_PX`
+    are specks left between lines, no nuclei. Each nucleus then grows over the drawn line, which belongs to the
+    nearest nucleus within `MAX_BORDER_DEPTH_PX`, so that neighbours touch.
+    """
+    border_HW = solution_HW > BORDER_THRESHOLD
+    regions_HW, num_regions = ndimage.label(~border_HW)
+    if num_regions == 0:
+        return np.zeros(image_HW.shape, np.int32)
+    ids_N = np.arange(1, num_regions + 1)
+    is_nucleus_N = np.asarray(ndimage.median(image_HW, regions_HW, ids_N)) > 0
+    is_nucleus_N &= np.bincount(regions_HW.ravel(), minlength=num_regions + 1)[1:] >= MIN_NUCLEUS_AREA_PX
+    at_edge = np.concatenate([regions_HW[0], regions_HW[-1], regions_HW[:, 0], regions_HW[:, -1]])
+    is_nucleus_N[at_edge[at_edge > 0] - 1] = False
+
+    new_ids = np.concatenate([[0], np.where(is_nucleus_N, np.cumsum(is_nucleus_N), 0)]).astype(np.int32)
+    labels_HW: NDArray[np.int32] = new_ids[regions_HW]
+    if not is_nucleus_N.any():
+        return labels_HW
+    depth_HW, (rows_HW, columns_HW) = ndimage.distance_transform_edt(labels_HW == 0, return_indices=True)
+    line_HW = border_HW & (depth_HW <= MAX_BORDER_DEPTH_PX)
+    labels_HW[line_HW] = labels_HW[rows_HW[line_HW], columns_HW[line_HW]]
+    return labels_HW
+
+
+def _read_8_bit(path: Path) -> NDArray[np.uint8]:
+    pixels_HW = read_image(path)
+    if pixels_HW.dtype != np.uint8:
+        raise DataError(f"{path} holds {pixels_HW.dtype} pixels; convert it to 8 bit, with the border drawn in 255.")
+    return pixels_HW.astype(np.uint8, copy=False)

@@ -1,0 +1,95 @@
+"""Splits: whole groups, the wished share, the same for any order of the records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nuciseg.data.splits import Split, split_records
+from nuciseg.errors import ConfigError, DataError, ResourceError
+from nuciseg.types import Record
+
+
+def record(id: str, group: str | None = None) -> Record:
+    return Record(id, None, (), group or id)
+
+
+GROUPED = st.lists(st.integers(0, 12), min_size=2, max_size=60).filter(lambda groups: len(set(groups)) > 1)
+
+
+@given(groups=GROUPED, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 2**32), data=st.data())
+def test_no_group_straddles_and_order_does_not_matter(
+    groups: list[int], fraction: float, seed: int, data: st.DataObject
+) -> None:
+    records = [record(f"image{i:03}", f"group{group}") for i, group in enumerate(groups)]
+    split = split_records(records, fraction, seed)
+    assert sorted(split.train + split.validation) == list(range(len(records)))
+    assert split.train
+    assert split.validation
+    assert {records[i].group for i in split.train}.isdisjoint(records[i].group for i in split.validation)
+    assert [records[i].id for i in split.validation] == list(split.validation_ids)
+    assert [records[i].id for i in split.train] == list(split.train_ids)
+
+    shuffled = data.draw(st.permutations(records))
+    again = split_records(shuffled, fraction, seed)
+    assert (again.train_ids, again.validation_ids, again.hash) == (split.train_ids, split.validation_ids, split.hash)
+    assert [shuffled[i].id for i in again.validation] == list(again.validation_ids)
+
+
+@given(groups=GROUPED, fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_share_misses_the_wish_by_at_most_half_the_largest_group(groups: list[int], fraction: float, seed: int) -> None:
+    records = [record(f"image{i:03}", f"group{group}") for i, group in enumerate(groups)]
+    wish = min(max(round(fraction * len(records)), 1), len(records) - 1)
+    sizes = sorted(groups.count(group) for group in set(groups))
+    # Where a side would be empty, one smallest group is moved.
+    allowed = max(sizes[-1] / 2, sizes[0])
+    assert abs(len(split_records(records, fraction, seed).validation) - wish) <= allowed
+
+
+def test_share_is_exact_without_groups_and_depends_on_the_seed() -> None:
+    records = [record(f"image{i}") for i in range(100)]
+    splits = [split_records(records, 0.15, seed) for seed in range(5)]
+    assert [len(split.validation) for split in splits] == [15] * 5
+    assert len({split.hash for split in splits}) == 5
+    assert split_records(records, 0.15, 0) == splits[0]
+    assert len(split_records(records[:2], 0.01, 0).validation) == 1
+    assert len(split_records(records[:2], 0.99, 0).train) == 1
+
+
+def test_hash_names_the_sides_and_not_the_seed() -> None:
+    split = Split((0,), (1,), ("a",), ("b",), seed=1)
+    assert split.hash == Split((1,), (0,), ("a",), ("b",), seed=2).hash
+    assert split.hash != Split((1,), (0,), ("b",), ("a",), seed=1).hash
+    assert len(split.hash) == 16
+    int(split.hash, 16)
+
+
+def test_written_file_holds_everything(tmp_path: Path) -> None:
+    split = split_records([record(f"image{i}") for i in range(10)], 0.3, seed=7)
+    split.write(tmp_path / "run" / "split.json")
+    content = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert content == {
+        "hash": split.hash,
+        "seed": 7,
+        "train": list(split.train_ids),
+        "validation": list(split.validation_ids),
+    }
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError):
+        split.write(tmp_path / "file" / "split.json")
+
+
+def test_what_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(DataError, match=r"3 images in 1 group"):
+        split_records([record(f"image{i}", "field") for i in range(3)], 0.5, 0)
+    with pytest.raises(DataError, match="0 images"):
+        split_records([], 0.5, 0)
+    with pytest.raises(DataError, match="'a' occurs twice"):
+        split_records([record("a"), record("b"), record("a")], 0.5, 0)
+    for fraction in (0.0, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match="validation_fraction"):
+            split_records([record("a"), record("b")], fraction, 0)
