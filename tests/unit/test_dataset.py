@@ -1,0 +1,223 @@
+"""Normalisation, the plan of an epoch, and loaded batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from nuciseg.data.augment import AugmentConfig, Augmenter
+from nuciseg.data.dataset import (
+    LoadedBatch,
+    NormalizationConfig,
+    TrainingData,
+    TrainingLoader,
+    canvas_side,
+    epoch_batches,
+    evaluation_batch,
+    evaluation_batches,
+    normalization_bounds,
+    normalize,
+    padding_share,
+)
+from nuciseg.types import Sample
+
+
+class ForegroundTarget:
+    """The smallest target there is."""
+
+    map_names = ("foreground",)
+
+    def encode(self, labels_HW: np.ndarray) -> np.ndarray:
+        return (labels_HW > 0)[None].astype(np.float32)
+
+
+class Store:
+    """Samples in memory: value i + 20 in a bright block, on zeros."""
+
+    def __init__(self, shapes: list[tuple[int, int]], broken: int | None = None) -> None:
+        self.shapes, self.ids, self.broken = shapes, [f"image{i}" for i in range(len(shapes))], broken
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == self.broken:
+            raise OSError("unreadable")
+        rng = np.random.default_rng(index)
+        image = np.zeros((*self.shapes[index], 1), np.uint8)
+        image[4:-4, 4:-4] = rng.integers(30, 90, image[4:-4, 4:-4].shape)
+        labels = (image[..., 0] > 0).astype(np.int32)
+        return Sample(image, labels)
+
+
+def sizes(num: int) -> list[tuple[int, int]]:
+    """Like the nucleus data set: 54 to 380 px, median 127."""
+    drawn = np.clip(np.random.default_rng(1).lognormal(np.log(127), 0.27, (num, 2)), 54, 380).astype(int)
+    return [(int(h), int(w)) for h, w in drawn]
+
+
+def training_data(store: Store, indices: tuple[int, ...] | None = None) -> TrainingData:
+    chosen = tuple(range(len(store.shapes))) if indices is None else indices
+    return TrainingData(
+        store, chosen, NormalizationConfig(), Augmenter(AugmentConfig()), ForegroundTarget(), 128, 3, 32
+    )
+
+
+# ---------------------------------------------------------------------------------------------- normalisation
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_bounds_are_percentiles_of_what_is_neither_zero_nor_saturated(dtype: type) -> None:
+    image = np.zeros((100, 100, 1), dtype)
+    image[20:80, 20:80, 0] = np.random.default_rng(0).integers(40, 110, (60, 60))
+    inside = image[20:80, 20:80].copy()
+    if dtype is not np.float32:
+        image[18:20] = np.iinfo(dtype).max
+    low, high = normalization_bounds(image, NormalizationConfig())
+    expected = np.percentile(inside, [1, 99.8])
+    assert abs(low - expected[0]) <= 1
+    assert abs(high - expected[1]) <= 1
+    normalized = normalize(image, NormalizationConfig())
+    assert normalized.dtype == np.float32
+    assert normalized.shape == image.shape
+    np.testing.assert_allclose(normalized[20:80, 20:80], (inside - low) / (high - low), atol=1e-5)
+    assert normalized[0, 0, 0] < -0.3
+    if dtype is not np.float32:
+        assert normalized[18, 0, 0] > 2
+        assert normalization_bounds(image, NormalizationConfig(ignore_extremes=False))[0] == 0
+
+
+@pytest.mark.parametrize("value", [0, 7, 255])
+def test_a_constant_image_becomes_zero(value: int) -> None:
+    for dtype in (np.uint8, np.uint16, np.float32):
+        assert (normalize(np.full((20, 20, 1), value, dtype), NormalizationConfig()) == 0).all()
+
+
+def test_a_binary_image_uses_all_its_pixels() -> None:
+    image = np.zeros((20, 20, 1), np.uint8)
+    image[5:15, 5:15] = 255
+    assert normalization_bounds(image, NormalizationConfig()) == (0.0, 255.0)
+
+
+# ----------------------------------------------------------------------------------------------------- planning
+def test_canvas_fits_the_image_but_not_more_than_a_crop() -> None:
+    assert canvas_side((100, 90), 256, 32) == 128
+    assert canvas_side((128, 30), 256, 32) == 160
+    assert canvas_side((500, 30), 256, 32) == 256
+    assert canvas_side((500, 30), 250, 32) == 256
+    assert canvas_side((1, 1), 256, 16) == 16
+
+
+def test_each_index_once_an_epoch_and_little_padding() -> None:
+    shapes = sizes(444)
+    sides = [canvas_side(shape, 256, 32) for shape in shapes]
+    batches = epoch_batches(range(444), sides, 16, 0, 0)
+    assert Counter(i for batch in batches for i in batch.indices) == Counter(range(444))
+    assert [len(batch.indices) for batch in batches] == [16] * 27 + [12]
+    assert padding_share(batches, dict(enumerate(sides))) < 0.15
+    assert all(batch.canvas_px == max(sides[i] for i in batch.indices) for batch in batches)
+    assert np.argsort([batch.canvas_px for batch in batches]).tolist() != list(range(28))
+    shuffled_only = padding_share_without_sorting(sides)
+    assert padding_share(batches, dict(enumerate(sides))) < shuffled_only / 3
+
+
+def padding_share_without_sorting(sides: list[int]) -> float:
+    groups = [sides[i : i + 16] for i in range(0, len(sides), 16)]
+    return 1 - sum(s**2 for s in sides) / sum(len(g) * max(g) ** 2 for g in groups)
+
+
+def test_plan_depends_on_seed_and_epoch() -> None:
+    plan = epoch_batches(range(50), [32] * 50, 8, 1, 2)
+    assert plan == epoch_batches(range(50), [32] * 50, 8, 1, 2)
+    assert plan != epoch_batches(range(50), [32] * 50, 8, 1, 3)
+    assert plan != epoch_batches(range(50), [32] * 50, 8, 2, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+def epoch_images(loaded: list[LoadedBatch]) -> dict[str, torch.Tensor]:
+    return {name: image for part in loaded if part.batch for name, image in zip(part.batch.ids, part.batch.images_BCHW,
+                                                                               strict=True)}
+
+
+def test_any_number_of_workers_and_threads_sees_the_same_images() -> None:
+    data = training_data(Store(sizes(19)))
+    with TrainingLoader(data, 6, num_threads=0) as loader:
+        alone = list(loader.epoch(1))
+    expected = epoch_images(alone)
+    assert len(expected) == 19
+    parts = []
+    for rank in range(3):
+        with TrainingLoader(data, 6, rank, 3, num_threads=2) as loader:
+            parts.append(list(loader.epoch(1)))
+    assert [len(part) for part in parts] == [4, 4, 4]
+    seen = [epoch_images(part) for part in parts]
+    assert sum(len(part) for part in seen) == 19
+    for name, image in expected.items():
+        assert any(name in part and torch.equal(part[name], image) for part in seen)
+    for step in range(4):
+        here = [part[step] for part in parts]
+        assert len({p.global_size for p in here}) == 1
+        assert sum(len(p.batch) for p in here if p.batch) == here[0].global_size
+        assert len({p.batch.images_BCHW.shape[-1] for p in here if p.batch}) == 1
+    # The short last batch has one image: two workers have nothing to do, and must know how large it is.
+    assert [part[3].batch is None for part in parts] == [False, True, True]
+
+
+def test_epochs_differ_and_can_begin_in_the_middle() -> None:
+    data = training_data(Store(sizes(12)))
+    with TrainingLoader(data, 4, num_threads=1) as loader:
+        first, second = list(loader.epoch(0)), list(loader.epoch(1))
+        rest = list(loader.epoch(0, start_batch=2))
+    assert any(not torch.equal(image, epoch_images(second)[name]) for name, image in epoch_images(first).items()
+               if image.shape == epoch_images(second)[name].shape)
+    assert len(rest) == 1
+    assert rest[0].batch is not None
+    assert first[2].batch is not None
+    assert torch.equal(rest[0].batch.images_BCHW, first[2].batch.images_BCHW)
+
+
+def test_batch_types_and_padding() -> None:
+    store = Store([(60, 60), (90, 118)])
+    data = training_data(store)
+    batch = data.load(data.plan(0, 2)[0], 0).batch
+    assert batch is not None
+    assert batch.images_BCHW.shape == (2, 1, 128, 128)
+    assert batch.targets_BKHW.shape == (2, 1, 128, 128)
+    assert (batch.images_BCHW.dtype, batch.targets_BKHW.dtype, batch.valid_BHW.dtype) == (
+        torch.float32, torch.float32, torch.bool)
+    small = batch.ids.index("image0")
+    assert not batch.valid_BHW[small, :32].any()  # beyond its own canvas of 64 px
+    assert batch.valid_BHW[small].any()
+    assert batch.targets_BKHW[small].sum() > 0
+    zero = batch.images_BCHW[small][:, ~batch.valid_BHW[small]]
+    assert zero.unique().numel() == 1
+    assert zero.max() < 0
+
+
+def test_an_exception_of_a_thread_reaches_the_caller() -> None:
+    with TrainingLoader(training_data(Store(sizes(12), broken=5)), 4, num_threads=2) as loader, pytest.raises(
+        OSError, match="unreadable"
+    ):
+        list(loader.epoch(0))
+
+
+def test_a_loop_left_early_leaves_no_work_behind() -> None:
+    with TrainingLoader(training_data(Store(sizes(40))), 4, num_threads=1) as loader:
+        batches = loader.epoch(0)
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert len(list(loader.epoch(0))) == loader.num_batches() == 10
+
+
+def test_evaluation_batches_are_whole_images_of_like_size() -> None:
+    shapes = sizes(30)
+    batches = evaluation_batches(range(30), shapes, 8)
+    assert sorted(i for batch in batches for i in batch) == list(range(30))
+    assert batches == evaluation_batches(list(reversed(range(30))), shapes, 8)
+    store = Store(shapes)
+    batch = evaluation_batch(store, batches[0], NormalizationConfig(), ForegroundTarget(), 32)
+    rows, columns = shapes[batches[0][3]]
+    assert batch.images_BCHW.shape[2] % 32 == batch.images_BCHW.shape[3] % 32 == 0
+    assert batch.valid_BHW[3].sum() == rows * columns
+    expected = normalize(store[batches[0][3]].image_HWC, NormalizationConfig())[..., 0]
+    np.testing.assert_array_equal(batch.images_BCHW[3, 0, :rows, :columns].numpy(), expected)
+    assert (batch.images_BCHW[3, 0][~batch.valid_BHW[3]] == expected[0, 0]).all()
+    assert batch.ids[3] == f"image{batches[0][3]}"
