@@ -1,0 +1,150 @@
+"""A timm encoder that takes microscope images: channels, value range, weights."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from nuciseg.errors import ConfigError
+from nuciseg.models.config import ChannelPolicy
+from nuciseg.models.timm_library import import_timm
+from nuciseg.models.weights import hub_access, input_normalization, read_weights
+
+_ENCODER_CHANNELS = 3
+
+
+class Encoder(nn.Module):
+    """Features of images (B, C, H, W) by their stride, each (B, channels[stride], H/stride, W/stride).
+
+    With `pretrained`, values are clipped to 0..`input_maximum`, divided by it, and normalised as the weights
+    were trained.
+    """
+
+    input_mean: torch.Tensor
+    input_std: torch.Tensor
+
+    def __init__(
+        self,
+        name: str,
+        stages: int,
+        in_channels: int,
+        channel_policy: ChannelPolicy,
+        pretrained: str | None,
+        input_maximum: float,
+        load_weights: bool,
+    ) -> None:
+        super().__init__()
+        own_channels = in_channels if channel_policy == "averaged" else _ENCODER_CHANNELS
+        self.adapter = _adapter(in_channels, channel_policy)
+        self.network = _build_network(name, stages, own_channels, pretrained if load_weights else None)
+        self.channels: dict[int, int] = dict(
+            zip(self.network.feature_info.reduction(), self.network.feature_info.channels(), strict=True)
+        )
+        self.is_channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
+        self.input_maximum = input_maximum if pretrained else None
+        if pretrained:
+            expected = input_normalization(name, pretrained)
+            mean, std = torch.tensor(expected.mean), torch.tensor(expected.std)
+            if own_channels != _ENCODER_CHANNELS:  # kernels were summed: one normalisation for all
+                mean, std = mean.mean().expand(own_channels).clone(), std.mean().expand(own_channels).clone()
+            self.register_buffer("input_mean", mean.view(1, -1, 1, 1))
+            self.register_buffer("input_std", std.view(1, -1, 1, 1))
+
+    def forward(self, images_BCHW: torch.Tensor) -> dict[int, torch.Tensor]:
+        x = images_BCHW
+        if self.input_maximum is not None:
+            x = x.clamp(0, self.input_maximum) / self.input_maximum
+        x = self.adapter(x)
+        if self.input_maximum is not None:
+            x = (x - self.input_mean) / self.input_std
+        features = self.network(x)
+        if self.is_channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return dict(zip(self.channels, features, strict=True))
+
+
+class _ZeroChannels(nn.Module):
+    """Appends channels of zeros."""
+
+    def __init__(self, num_zeros: int) -> None:
+        super().__init__()
+        self.num_zeros = num_zeros
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.num_zeros))
+
+
+class _RepeatChannels(nn.Module):
+    """One channel to three."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Not expand(): its stride of 0 makes the first convolution leave channels_last.
+        return x.repeat(1, _ENCODER_CHANNELS, 1, 1)
+
+
+def _adapter(in_channels: int, policy: ChannelPolicy) -> nn.Module:
+    """From the image's channels to the encoder's three, unless the encoder was changed to the image's ('averaged')."""
+    if policy == "averaged" or (in_channels == _ENCODER_CHANNELS and policy != "learned"):
+        return nn.Identity()
+    if policy == "learned":
+        mix = nn.Conv2d(in_channels, _ENCODER_CHANNELS, 1, bias=False)
+        nn.init.constant_(mix.weight, 1 / in_channels)
+        return mix
+    if policy == "copy" and in_channels == 1:
+        return _RepeatChannels()
+    if policy == "zero" and in_channels < _ENCODER_CHANNELS:
+        return _ZeroChannels(_ENCODER_CHANNELS - in_channels)
+    raise ConfigError(
+        f"model.channel_policy is '{policy}', which cannot give images of {in_channels} channels to an encoder of "
+        f"{_ENCODER_CHANNELS}: choose 'learned' or 'averaged'"
+    )
+
+
+def _build_network(name: str, stages: int, in_channels: int, pretrained: str | None) -> Any:
+    """timm's feature extractor, cut after `stages` feature levels.
+
+    Raises:
+        ConfigError: it gives no features at growing strides, fewer of them, or takes one image size only.
+    """
+    create = import_timm().create_model
+    try:
+        levels = create(name, pretrained=False, features_only=True).feature_info.reduction()
+    except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
+        raise ConfigError(
+            f"timm's '{name}' (model.encoder) gives no features ({error}): choose another encoder"
+        ) from error
+    if levels != sorted(set(levels)):
+        raise ConfigError(
+            f"the features of '{name}' (model.encoder) lie at strides {', '.join(map(str, levels))} where growing ones "
+            "are needed: choose a convolutional or hierarchical encoder, such as resnet18 or convnext_atto"
+        )
+    if stages > len(levels):
+        raise ConfigError(f"model.stages is {stages}, but '{name}' has {len(levels)}: choose at most {len(levels)}")
+    options: dict[str, Any] = {"features_only": True, "out_indices": tuple(range(stages)), "in_chans": in_channels}
+    if import_timm().get_pretrained_cfg_value(name, "fixed_input_size"):
+        options |= _any_size_options(name)
+    if pretrained is None:
+        return create(name, pretrained=False, **options)
+    if pretrained == "hub":
+        with hub_access(name):
+            return create(name, pretrained=True, **options)
+    weights = read_weights(name, pretrained)
+    # timm warns of tensors that features do not need (the classifier); that none is missing was checked.
+    logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+    return create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}, **options)
+
+
+def _any_size_options(name: str) -> dict[str, Any]:
+    """What timm wants to be told so that an encoder made for one image size takes others."""
+    for options in ({"strict_img_size": False}, {"dynamic_img_size": True}):
+        try:
+            import_timm().create_model(name, pretrained=False, **options)
+        except TypeError:  # unknown to this family of networks
+            continue
+        return options
+    raise ConfigError(
+        f"'{name}' (model.encoder) takes images of one size only: choose a convolutional encoder, such as resnet18"
+    )

@@ -1,0 +1,48 @@
+"""The U-Net on a timm encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nuciseg.errors import ConfigError
+from nuciseg.models.blocks import Decoder, check_size, conv_block, output_head
+from nuciseg.models.config import TimmConfig
+from nuciseg.models.encoders import Encoder
+
+
+class TimmUnet(nn.Module):
+    """See `TimmConfig`. Images (B, C, H, W), H and W multiples of `stride`, to logits (B, K, H, W).
+
+    The first timm features have half the resolution or less, so the image itself joins the decoder at full
+    resolution: borders are one or two pixels wide.
+    """
+
+    def __init__(self, config: TimmConfig, in_channels: int, num_maps: int, load_weights: bool) -> None:
+        super().__init__()
+        self.encoder = Encoder(
+            config.encoder, config.stages, in_channels, config.channel_policy, config.pretrained, config.input_maximum,
+            load_weights,
+        )  # fmt: skip
+        self.stride = max(self.encoder.channels)
+        num_doublings = self.stride.bit_length() - 1
+        if len(config.decoder_channels) < num_doublings:
+            raise ConfigError(
+                f"model.decoder_channels has {len(config.decoder_channels)} widths, but {config.stages} stages of "
+                f"'{config.encoder}' reach stride {self.stride}: give {num_doublings} or more"
+            )
+        self.dropout = nn.Dropout2d(config.dropout)
+        widths = config.decoder_channels[len(config.decoder_channels) - num_doublings :]
+        self.decoder = Decoder({1: in_channels, **self.encoder.channels}, widths, config.decoder_convs, config.norm)
+        num_channels = self.decoder.out_channels
+        self.head = nn.Sequential(
+            conv_block(num_channels, num_channels, config.head_convs, config.norm), output_head(num_channels, num_maps)
+        )
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        check_size(images_BCHW, self.stride)
+        features = self.encoder(images_BCHW)
+        features[self.stride] = self.dropout(features[self.stride])
+        features.setdefault(1, images_BCHW)
+        logits_BKHW: torch.Tensor = self.head(self.decoder(features))
+        return logits_BKHW
