@@ -151,6 +151,8 @@ def _as_grey(path: Path, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
         opaque = np.iinfo(str(pixels.dtype)).max if pixels.dtype.kind in "iu" else 1
         if np.all(pixels[..., -1] == opaque):
             pixels = pixels[..., :-1]
+    while pixels.ndim > 2 and pixels.shape[0] == 1 and pixels.shape[-1] > 4:  # axes of length one, as Z and T
+        pixels = pixels[0]
     if pixels.ndim == 2:
         return np.ascontiguousarray(pixels)
     if pixels.ndim != 3 or pixels.shape[-1] > 4:

@@ -93,6 +93,10 @@ def test_1_bit_png_is_refused(tmp_path: Path) -> None:
         read_image(save(tmp_path / "a.png", GREY8 > 127))
 
 
+def test_axes_of_length_one_are_dropped(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.tif", GREY8[None, None])), GREY8)
+
+
 def test_stack_and_several_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one grey plane"):
         read_image(save(tmp_path / "stack.tif", np.zeros((5, 8, 9), np.uint8)))
@@ -143,6 +147,18 @@ def test_a_file_cut_anywhere_is_refused_or_still_holds_every_pixel(tmp_path: Pat
             refused.append(str(error))
     assert len(refused) > len(cuts) - 64
     assert all(str(path) in message for message in refused)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiff_with_a_tile_left_out_is_refused_and_not_filled_with_zeros(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.full((32, 64), 9, np.uint8), tile=(16, 16), compression=compression)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        counts = list(tiff.pages.first.databytecounts)
+        tiff.pages.first.tags["TileByteCounts"].overwrite([*counts[:-1], 0])
+    assert tifffile.imread(path).min() == 0  # this is what would be read
+    with pytest.raises(DataError, match="pixels are missing"):
+        read_image(path)
 
 
 @pytest.mark.filterwarnings("ignore")  # what Pillow says about odd headers is not the question here

@@ -16,6 +16,7 @@ from scipy import ndimage
 from nuciseg.data.formats.folders import groups_of_duplicates, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image
+from nuciseg.labels import enclosed_regions, regrow, relabel
 from nuciseg.types import Record, Sample
 
 NAME = "nucleus"
@@ -79,23 +80,13 @@ def labels_from_solution(image_HW: NDArray[np.uint8], solution_HW: NDArray[np.ui
     nearest nucleus within `MAX_BORDER_DEPTH_PX`, so that neighbours touch.
     """
     border_HW = solution_HW > BORDER_THRESHOLD
-    regions_HW, num_regions = ndimage.label(~border_HW)
-    if num_regions == 0:
-        return np.zeros(image_HW.shape, np.int32)
-    ids_N = np.arange(1, num_regions + 1)
-    is_nucleus_N = np.asarray(ndimage.median(image_HW, regions_HW, ids_N)) > 0
-    is_nucleus_N &= np.bincount(regions_HW.ravel(), minlength=num_regions + 1)[1:] >= MIN_NUCLEUS_AREA_PX
-    at_edge = np.concatenate([regions_HW[0], regions_HW[-1], regions_HW[:, 0], regions_HW[:, -1]])
-    is_nucleus_N[at_edge[at_edge > 0] - 1] = False
-
-    new_ids = np.concatenate([[0], np.where(is_nucleus_N, np.cumsum(is_nucleus_N), 0)]).astype(np.int32)
-    labels_HW: NDArray[np.int32] = new_ids[regions_HW]
-    if not is_nucleus_N.any():
-        return labels_HW
-    depth_HW, (rows_HW, columns_HW) = ndimage.distance_transform_edt(labels_HW == 0, return_indices=True)
-    line_HW = border_HW & (depth_HW <= MAX_BORDER_DEPTH_PX)
-    labels_HW[line_HW] = labels_HW[rows_HW[line_HW], columns_HW[line_HW]]
-    return labels_HW
+    regions_HW = enclosed_regions(border_HW, MIN_NUCLEUS_AREA_PX)
+    ids_N = np.arange(1, regions_HW.max() + 1)
+    if ids_N.size == 0:
+        return regions_HW
+    holes_N = ids_N[np.asarray(ndimage.median(image_HW, regions_HW, ids_N)) == 0]
+    labels_HW = relabel(np.where(np.isin(regions_HW, holes_N), 0, regions_HW).astype(np.int32))
+    return regrow(labels_HW, border_HW, MAX_BORDER_DEPTH_PX)
 
 
 def _read_8_bit(path: Path) -> NDArray[np.uint8]:
