@@ -9,6 +9,7 @@
 ARG BASE=debian:12-slim
 
 FROM ${BASE} AS build
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -26,13 +27,14 @@ COPY nuciseg /src/nuciseg
 RUN pip install /src
 
 FROM ${BASE}
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --home-dir /srv/nuciseg --uid 1000 nuciseg
 COPY --from=build /opt/nuciseg /opt/nuciseg
 ENV PATH=/opt/nuciseg/bin:$PATH RAY_USAGE_STATS_ENABLED=0 NO_ALBUMENTATIONS_UPDATE=1 PYTHONUNBUFFERED=1
-USER nuciseg
+USER 1000
 WORKDIR /srv/nuciseg
 COPY tune_configs tune_configs
 CMD ["python", "-m", "nuciseg.tune"]
