@@ -1,0 +1,362 @@
+"""One Weights & Biases run behind `tracking.py`: started without surprises, never able to stop training.
+
+wandb is imported on first use. Nothing leaves the machine but what is logged here: no error reports, no code, no git
+state, no system statistics, no package list. Offline, nothing leaves it at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+import struct
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nuciseg.errors import ConfigError
+
+Mode = Literal["online", "offline"]
+
+PROBE_TIMEOUT_S = 4.0
+INIT_TIMEOUT_S = 20.0
+# How long the end of a run may wait for uploads. What is left lies on disk and `wandb sync` sends it.
+FINISH_TIMEOUT_S = 120.0
+# wandb-core does not flush when its parent is killed and its default of 15 s would lose the last 15 s of a run.
+FLUSH_INTERVAL_S = 0.5
+MAX_TAG_LENGTH = 64
+OVERLAY_PREFIX = "overlays/"
+FORBIDDEN_IN_ID = set("/\\#?%: \t\n")
+
+log = logging.getLogger("nuciseg.tracking")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Who a run is: `id` survives a resume, `group` is the search it belongs to, `job_type` train, tune or evaluate.
+
+    Raises ConfigError for an id that W&B would refuse.
+    """
+
+    id: str
+    name: str
+    group: str
+    job_type: str
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.id or len(self.id) > 128 or FORBIDDEN_IN_ID & set(self.id):
+            raise ConfigError(
+                f"the run id {self.id!r} cannot be used: give 1 to 128 characters without blanks or any of / \\ # ? % :"
+            )
+
+
+def import_wandb(verbose: bool) -> ModuleType:
+    """wandb, told before it is imported to stay quiet and to report nothing to its makers."""
+    os.environ["WANDB_ERROR_REPORTING"] = "false"
+    if not verbose:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    return wandb
+
+
+def configured_mode(verbose: bool) -> Literal["online", "offline", "disabled"]:
+    """What the user's own W&B set-up asks for: WANDB_MODE (or `wandb offline`) first, else online where a key is.
+
+    The key itself is never returned, so that it can reach no configuration, log or checkpoint.
+    """
+    wandb = import_wandb(verbose)
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "dryrun"):
+        return "offline"
+    if settings.mode == "disabled":
+        return "disabled"
+    return "online" if _has_key(wandb) else "offline"
+
+
+def _has_key(wandb: ModuleType) -> bool:
+    from wandb.sdk.lib.wbauth import read_netrc_auth
+
+    settings = wandb.setup().settings
+    try:
+        stored = read_netrc_auth(host=settings.base_url)
+    except wandb.errors.Error as error:
+        log.warning("the W&B key in the netrc file cannot be used (%s): the run is kept offline", error)
+        return False
+    return bool(os.environ.get("WANDB_API_KEY") or settings.identity_token_file or settings.api_key or stored)
+
+
+def _reachable(url: str) -> bool:
+    """Whether anything answers at `url` within PROBE_TIMEOUT_S, proxies included.
+
+    `wandb.init` alone would wait its whole time-out for each trial of a search. In a thread, because no time-out
+    covers the name look-up.
+    """
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_TIMEOUT_S).close()
+        except urllib.error.HTTPError:
+            answered.set()
+        except urllib.error.URLError as error:
+            # A certificate that only wandb has been told to trust: somebody is there.
+            if isinstance(error.reason, ssl.SSLError):
+                answered.set()
+        except OSError:
+            return
+        else:
+            answered.set()
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_TIMEOUT_S)
+    return answered.is_set()
+
+
+class WandbRun:
+    """One run. Every call to wandb that fails is told once as a warning; training goes on."""
+
+    def __init__(self, wandb: ModuleType, run: Any, mode: Mode, folder: Path) -> None:
+        self._wandb = wandb
+        self._run = run
+        self._folder = folder
+        self._warned = False
+        self.mode = mode
+        self.url: str | None = run.url if mode == "online" else None
+        earlier = [path for path in wandb_files(folder) if path != Path(run.settings.sync_file)]
+        # Online the server knows what it got; a local file of an online run may hold more than was sent.
+        held = [path for path in earlier if mode == "offline" or path.parent.name.startswith("offline-run-")]
+        self.metric_epochs, self.overlay_epochs, next_step = logged_epochs(held)
+        # An offline leg would count its steps from 0 again and, uploaded, be taken for the rows of the first leg.
+        self._next_step = max(int(run.step), next_step)
+        if mode == "online" and (last := run.summary.get("epoch")) is not None:
+            self.metric_epochs.update(range(int(last) + 1))
+            self.overlay_epochs.update(range(int(last) + 1))
+        with self._guard():
+            run.define_metric("epoch", hidden=True)
+            run.define_metric("*", step_metric="epoch")
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            with _wandb_files_in(self._folder):
+                yield
+        except _failures(self._wandb) as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("W&B failed (%s: %s): training goes on, metrics.jsonl has it all", type(error).__name__,
+                            error)
+
+    def _log_row(self, row: Mapping[str, Any]) -> None:
+        self._run.log(dict(row), step=self._next_step, commit=True)
+        self._next_step += 1
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """One history row, unless this epoch is in the run already."""
+        if epoch in self.metric_epochs:
+            return
+        self.metric_epochs.add(epoch)
+        with self._guard():
+            self._log_row({**metrics, "epoch": epoch})
+
+    def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
+        """One picture a key, so that each image has its own panel with an epoch slider."""
+        if epoch in self.overlay_epochs:
+            return
+        self.overlay_epochs.add(epoch)
+        with self._guard():
+            row = {f"{OVERLAY_PREFIX}{id}": self._wandb.Image(rgb, caption=id) for id, rgb in overlays.items()}
+            self._log_row({**row, "epoch": epoch})
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows with the same keys as one table."""
+        columns = list(rows[0])
+        with self._guard():
+            table = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+            self._log_row({name: table})
+
+    def log_checkpoint(self, name: str, folder: Path, aliases: Sequence[str]) -> None:
+        """The files of `folder` as an artifact of type `model`. They are not copied: leave them until the upload."""
+        with self._guard():
+            artifact = self._wandb.Artifact(name, type="model")
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                artifact.add_file(
+                    str(path), name=path.relative_to(folder).as_posix(), policy="immutable", skip_cache=True
+                )
+            self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        with self._guard():
+            self._run.summary.update(dict(values))
+
+    def finish(self, exit_code: int) -> None:
+        """End the run; online, wait at most FINISH_TIMEOUT_S for its uploads."""
+        try:
+            with self._guard():
+                self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            folder = Path(self._run.settings.sync_file).parent
+            log.warning("W&B took longer than %.0f s; send the rest with: wandb sync --include-online %s",
+                        FINISH_TIMEOUT_S, folder)
+        # `finish` returns before the last rows are on disk and the id is free; the end of the service waits for both.
+        if self._wandb.setup().most_recent_active_run is None:
+            with self._guard():
+                self._wandb.teardown()
+
+
+def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
+    """What wandb raises when its service or server fails. TimeoutError is an OSError, and `finish` wants it first."""
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+    from wandb.sdk.mailbox.mailbox import MailboxClosedError
+    from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
+
+    return (
+        wandb.errors.Error, MailboxClosedError, HandleAbandonedError, ServerResponseError,
+        WandbServiceConnectionError, ConnectionError,
+    )
+
+
+def open_run(
+    mode: Mode, project: str, entity: str | None, tags: Sequence[str], identity: RunIdentity, folder: Path,
+    config: Mapping[str, Any], verbose: bool = False,
+) -> WandbRun | None:
+    """Start (or go on with) the run `identity.id` in `folder/wandb`.
+
+    An unreachable server makes it an offline run; where W&B does not start at all the answer is None. Both are told
+    in one warning.
+    """
+    wandb = import_wandb(verbose)
+    base_url = wandb.setup().settings.base_url
+
+    def start(mode: Mode) -> WandbRun:
+        run = wandb.init(
+            project=project, entity=entity, id=identity.id, name=identity.name, group=identity.group,
+            job_type=identity.job_type, tags=[tag[:MAX_TAG_LENGTH] for tag in (*tags, *identity.tags)],
+            config=dict(config), dir=str(folder), mode=mode, resume="allow", reinit="create_new",
+            allow_val_change=True, settings=_settings(wandb, verbose),
+        )
+        return WandbRun(wandb, run, mode, folder)
+
+    if mode == "online" and not _reachable(base_url):
+        log.warning("W&B at %s does not answer: the run is kept offline in %s", base_url, folder)
+        mode = "offline"
+    failures: tuple[type[Exception], ...] = (*_failures(wandb), OSError)
+    try:
+        with _wandb_files_in(folder):
+            return start(mode)
+    except failures as error:
+        reason = str(error).splitlines()[0]
+    if mode == "online":
+        log.warning("W&B at %s refused the run (%s): it is kept offline in %s", base_url, reason, folder)
+        wandb.teardown()  # the service holds the id of the failed start and would refuse it
+        try:
+            with _wandb_files_in(folder):
+                return start("offline")
+        except failures as error:
+            reason = str(error).splitlines()[0]
+    log.warning("W&B did not start (%s): training goes on, metrics.jsonl has it all", reason)
+    return None
+
+
+@contextmanager
+def _wandb_files_in(folder: Path) -> Iterator[None]:
+    """Keep what W&B would put into the home directory (its log, tables that wait for their upload) in the run's folder.
+
+    wandb takes these places from the environment only; it is put back, because child processes inherit it.
+    """
+    ours = {name: str(folder / "wandb") for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+def _settings(wandb: ModuleType, verbose: bool) -> Any:
+    return wandb.Settings(
+        silent=not verbose,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        save_code=False,
+        init_timeout=INIT_TIMEOUT_S,
+        login_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_viewer=True,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
+    )
+
+
+# --- what the run's own files hold -----------------------------------------------------------------------------------
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    """The `.wandb` files under `folder/wandb`, oldest first."""
+    return sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1])
+
+
+def logged_epochs(paths: Sequence[Path]) -> tuple[set[int], set[int], int]:
+    """Epochs with metrics, epochs with overlays, and the next free W&B step in `.wandb` files.
+
+    The files are asked, rather than a note beside them, because after a kill only they know what reached the disk.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    metric_epochs: set[int] = set()
+    overlay_epochs: set[int] = set()
+    next_step = 0
+    for path in paths:
+        for data in _log_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if not record.HasField("history"):
+                continue
+            next_step = max(next_step, record.history.step.num + 1)
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            if "epoch" in items:
+                has_overlays = any(key.startswith(OVERLAY_PREFIX) for key in items)
+                (overlay_epochs if has_overlays else metric_epochs).add(int(items["epoch"]))
+    return metric_epochs, overlay_epochs, next_step
+
+
+def _log_records(data: bytes) -> Iterator[bytes]:
+    """Whole records of a LevelDB log (github.com/google/leveldb, doc/log_format.md) after wandb's 7 byte header.
+
+    Blocks of 32 KiB hold chunks of crc32 (4 bytes), length (2), type (1: whole, 2 3 4: first, middle, last). Stops at
+    the first chunk that a killed writer left incomplete.
+    """
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        crc, length, kind = struct.unpack_from("<IHB", data, position)
+        chunk = data[position + 7 : position + 7 + length]
+        if kind == 0 or len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != crc:
+            return
+        position += 7 + length
+        record = chunk if kind in (1, 2) else record + chunk
+        if kind in (1, 4):
+            yield record
+
+
