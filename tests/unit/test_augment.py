@@ -42,10 +42,12 @@ def test_image_and_labels_move_together() -> None:
     augment = Augmenter(AugmentConfig(**GEOMETRY, elastic_px=4, probability=1))
     for seed in range(10):
         placed = augment(field(), 224, seed)
-        edges = cv2.dilate(placed.labels_SS.astype(np.uint8), np.ones((3, 3))) != cv2.erode(
-            placed.labels_SS.astype(np.uint8), np.ones((3, 3))
+        edges = cv2.dilate(placed.labels_SS.astype(np.uint8), np.ones((5, 5))) != cv2.erode(
+            placed.labels_SS.astype(np.uint8), np.ones((5, 5))
         )
-        away = ~edges & cv2.erode(placed.valid_SS.astype(np.uint8), np.ones((3, 3))).astype(bool)
+        # At the image's edge the interpolation takes up to half a pixel of what lies outside.
+        edges |= cv2.erode(np.pad(placed.valid_SS.astype(np.uint8), 1), np.ones((3, 3)))[1:-1, 1:-1] == 0
+        away = ~edges
         assert away.mean() > 0.3
         np.testing.assert_allclose(placed.image_SSC[..., 0][away], placed.labels_SS[away], atol=0.02)
 
