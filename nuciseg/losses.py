@@ -45,7 +45,7 @@ class LossSection(Section, ABC):
         """
 
 
-class BceConfig(LossSection):
+class BCEConfig(LossSection):
     """Binary cross-entropy: mean over valid pixels of -(w t log p + (1 - t) log(1 - p))."""
 
     kind: Literal["bce"] = "bce"
@@ -159,7 +159,7 @@ class CombinedConfig(Section):
     map_weights: tuple[Weight, ...] | None = Field(
         default=None, description="How much each target map counts; a term's own map_weights come before these."
     )
-    bce: BceConfig = Field(default=BceConfig(), description="Parameters of binary cross-entropy.")
+    bce: BCEConfig = Field(default=BCEConfig(), description="Parameters of binary cross-entropy.")
     dice: DiceConfig = Field(default=DiceConfig(), description="Parameters of the Dice loss.")
     jaccard: JaccardConfig = Field(default=JaccardConfig(), description="Parameters of the Jaccard loss.")
     focal: FocalConfig = Field(default=FocalConfig(), description="Parameters of the focal loss.")
@@ -179,7 +179,7 @@ class CombinedConfig(Section):
 
 
 LossConfig = Annotated[
-    BceConfig | DiceConfig | JaccardConfig | FocalConfig | TverskyConfig | MseConfig | CombinedConfig,
+    BCEConfig | DiceConfig | JaccardConfig | FocalConfig | TverskyConfig | MseConfig | CombinedConfig,
     Field(discriminator="kind"),
 ]
 
