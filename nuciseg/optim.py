@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nuciseg.section import Section
 
@@ -139,32 +140,16 @@ def _cosine_between(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-class AveragedWeights:
-    """An exponential moving average of a network's weights and buffers: average = d average + (1 - d) current.
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights and buffers of `model`; call `update_parameters` after each step.
 
-    In update n, counted from 0, d is min(`decay`, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage:
-    else the average of a short run would keep much of its random beginning. Integers (counters) are copied.
-
-    Its state is `model.state_dict()` and `num_updates`; set both to go on after a checkpoint.
+    In update n the decay is min(`decay`, (1 + n) / (10 + n)): a short run's average is not its random beginning
+    (the warm-up of TensorFlow's ExponentialMovingAverage). The first update copies.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self.decay = decay
-        self.num_updates = 0
+    def update(averages: Any, currents: Any, num_averaged: Any) -> None:
+        n = int(num_averaged)
+        make_update = cast(Callable[[float], Callable[..., None]], get_ema_multi_avg_fn)
+        make_update(min(decay, (1 + n) / (10 + n)))(averages, currents, num_averaged)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Takes in the weights of `model` after an optimizer step."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        self.num_updates += 1
-        averages, currents = list(self.model.state_dict().values()), list(model.state_dict().values())
-        is_float = [tensor.is_floating_point() for tensor in averages]
-        torch._foreach_lerp_(
-            [tensor for tensor, chosen in zip(averages, is_float, strict=True) if chosen],
-            [tensor for tensor, chosen in zip(currents, is_float, strict=True) if chosen],
-            1 - decay,
-        )
-        for average, current, chosen in zip(averages, currents, is_float, strict=True):
-            if not chosen:
-                average.copy_(current)
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
