@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import ssl
 import struct
 import threading
@@ -31,7 +32,7 @@ Mode = Literal["online", "offline"]
 PROBE_TIMEOUT_S = 4.0
 INIT_TIMEOUT_S = 20.0
 # How long the end of a run may wait for uploads. What is left lies on disk and `wandb sync` sends it.
-FINISH_TIMEOUT_S = 120.0
+FINISH_TIMEOUT_S = 60.0
 # wandb-core does not flush when its parent is killed and its default of 15 s would lose the last 15 s of a run.
 FLUSH_INTERVAL_S = 0.5
 MAX_TAG_LENGTH = 64
@@ -209,7 +210,7 @@ class WandbRun:
         except TimeoutError:
             folder = Path(self._run.settings.sync_file).parent
             log.warning("W&B took longer than %.0f s; send the rest with: wandb sync --include-online %s",
-                        FINISH_TIMEOUT_S, folder)
+                        FINISH_TIMEOUT_S, shlex.quote(str(folder)))
         # `finish` returns before the last rows are on disk and the id is free; the end of the service waits for both.
         if self._wandb.setup().most_recent_active_run is None:
             with self._guard():

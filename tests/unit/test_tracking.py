@@ -275,7 +275,7 @@ def test_errors_say_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         open_tracker(TrackingConfig(kind="wandb"), IDENTITY, tmp_path / "run", {})
     open_tracker(TrackingConfig(kind="jsonl"), IDENTITY, tmp_path / "run", {})
     other = RunIdentity("search-0008", "unet", "search", "tune")
-    with pytest.raises(ConfigError, match="search-0007.*own folder"):
+    with pytest.raises(ConfigError, match=r"search-0007.*own folder"):
         open_tracker(TrackingConfig(kind="jsonl"), other, tmp_path / "run", {})
     (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 1}\nrubbish\n{"epoch": 3}\n')
     with pytest.raises(DataError, match="line 2"):
