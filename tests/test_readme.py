@@ -71,7 +71,7 @@ def example(verb: str) -> str:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
-    write_nucleus_folder(SyntheticConfig(), folder / "clusters", num_train=12, num_test=3, seed=0)
+    write_nucleus_folder(SyntheticConfig(num_train=12, num_test=3), folder / "clusters")
     return Workplace(folder, folder / "clusters")
 
 
