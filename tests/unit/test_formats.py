@@ -232,7 +232,7 @@ def test_unpaired_and_missing_label_folders(labels_root: Path) -> None:
 def test_detection_names_what_it_looked_for_and_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone does not exist"):
         detect_format(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"nucleus: train/X\.png .*; labels: train/images.*it holds nothing"):
+    with pytest.raises(DataError, match=r"it holds nothing; arrange .* nucleus: train/X\.png .*; labels: train/images"):
         detect_format(tmp_path)
     for name in ("a", "b", "c", "d", "e"):
         (tmp_path / name).mkdir()
@@ -247,7 +247,7 @@ def test_detection_names_what_it_looked_for_and_found(tmp_path: Path) -> None:
 def test_formats_are_found_by_name() -> None:
     assert get_format("nucleus").NAME == "nucleus"
     assert get_format("labels").NAME == "labels"
-    with pytest.raises(ConfigError, match="no data format 'coco'; choose one of auto, nucleus, labels"):
+    with pytest.raises(ConfigError, match=r"no folder layout 'coco'; choose data\.format from auto, nucleus, labels"):
         get_format("coco")
 
 

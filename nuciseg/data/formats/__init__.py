@@ -1,4 +1,8 @@
-"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `detect`, `read` and `load`."""
+"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `detect`, `read` and `load`.
+
+A new folder layout is one such module, named once in `_FORMATS`. `synthetic` draws its samples from a configuration
+instead of a folder, so it is never detected and its `read` and `load` take that configuration.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,12 @@ _FORMATS: tuple[DataFormat, ...] = (nucleus, labels)
 
 
 def get_format(name: str) -> DataFormat:
-    """The layout called `name`."""
+    """The folder layout called `name`."""
     for data_format in _FORMATS:
         if name == data_format.NAME:
             return data_format
     names = ", ".join(data_format.NAME for data_format in _FORMATS)
-    raise ConfigError(f"There is no data format '{name}'; choose one of auto, {names}.")
+    raise ConfigError(f"There is no folder layout '{name}'; choose data.format from auto, {names}.")
 
 
 def detect_format(root: Path) -> DataFormat:
@@ -51,4 +55,6 @@ def detect_format(root: Path) -> DataFormat:
         raise DataError(f"The data folder {root} fits the formats {names}; say which one with data.format.")
     layouts = "; ".join(f"{data_format.NAME}: {data_format.LAYOUT}" for data_format in _FORMATS)
     content = listed(path.name for path in root.iterdir()) or "nothing"
-    raise DataError(f"The data folder {root} has no known layout ({layouts}); it holds {content}.")
+    raise DataError(
+        f"The data folder {root} has no known layout, it holds {content}; arrange the files as one of these: {layouts}."
+    )
