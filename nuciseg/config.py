@@ -1,0 +1,311 @@
+"""A whole run as one frozen, validated object. Sources, weakest first: defaults < YAML files < flags.
+
+Every section's class lies beside the component it configures; this file only puts them together, reads them and
+writes them. Beyond `load_config` no dictionary of settings travels through the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from nuciseg.data.augment import AugmentConfig
+from nuciseg.data.dataset import NormalizationConfig
+from nuciseg.data.formats import FormatName
+from nuciseg.data.synthetic import SyntheticConfig
+from nuciseg.errors import ConfigError
+from nuciseg.losses import CombinedConfig, LossConfig
+from nuciseg.metrics import METRIC_NAMES
+from nuciseg.models import ModelConfig, UnetConfig
+from nuciseg.optim import OptimConfig, ScheduleConfig
+from nuciseg.section import Section
+from nuciseg.targets import TargetConfig, TouchingBorderConfig
+from nuciseg.tracking import TrackingConfig
+
+
+def _one_of(name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"no such score; {hint}")
+    return name
+
+
+class DataConfig(Section):
+    """What is read, how it is split and cut."""
+
+    format: FormatName = Field("auto", description="layout of the data; auto: detected, synthetic where no root is given")
+    root: Path | None = Field(None, description="folder of the data; none: clusters are drawn")
+    cache_dir: Path | None = Field(None, description="decoded images, shared by all runs of a node; default: the user's cache")
+    validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the training images held out")
+    split_seed: int = Field(0, ge=0, description="seed of the split into training and validation")
+    crop_px: int = Field(192, ge=32, le=4096, multiple_of=32, description="longest side of a training crop, pixels")
+    batch_size: int = Field(16, ge=1, description="images a step, over all workers")
+    num_loader_threads: int = Field(1, ge=0, le=64, description="threads that make batches ahead, per worker; 0: none")
+    normalization: NormalizationConfig = NormalizationConfig()
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+class TrainConfig(Section):
+    """How a run goes on and when it ends."""
+
+    epochs: int = Field(20, ge=1, description="passes over the training images")
+    accumulate: int = Field(1, ge=1, description="parts that a batch is cut into; gradients are added up over them")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; none: not clipped")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="autocast type; auto: by capability")
+    channels_last: bool | None = Field(None, description="memory format of images; none: with reduced precision")
+    compile: bool = Field(False, description="torch.compile the network")
+    ema_decay: float | None = Field(0.99, gt=0, lt=1, description="averaged weights, used by validation; none: off")
+    metric: str = Field("cluster_score", description="validation score that ranks epochs; higher is better")
+    patience: int | None = Field(None, ge=1, description="epochs without a better score before the run stops; none: never")
+    calibrate: bool = Field(True, description="choose the decoding thresholds on validation after the last epoch")
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, metric: str) -> str:
+        return _one_of(metric, METRIC_NAMES)
+
+
+class ScaleConfig(Section):
+    """Workers and what each has."""
+
+    num_workers: int = Field(1, ge=1, description="data-parallel workers of a run (of each trial in a search)")
+    use_gpu: bool | None = Field(None, description="one GPU a worker; none: where the cluster has GPUs")
+    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs a worker; none: all for a run, 1 (GPU: 4) for a trial")
+
+
+class RunConfig(Section):
+    """Where a run keeps what it makes."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder's name; none: verb and time")
+    storage_path: Path = Field(Path("runs"), description="folder of all runs; on a cluster one that all nodes share")
+    max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
+
+
+class SearchConfig(Section):
+    """What `tune` tries."""
+
+    space: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="dotted config key: {ray.tune sampler: arguments}"
+    )
+    num_trials: int = Field(8, ge=1, description="trials; for the grid sampler: repeats of the grid")
+    max_hours: float | None = Field(None, gt=0, description="no trial starts or goes on after this time; none: no limit")
+    trial_epochs: int | None = Field(None, ge=1, description="epochs of a trial; none: train.epochs")
+    sampler: Literal["random", "grid", "optuna"] = Field("optuna", description="how configurations are drawn")
+    scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="which trials go on")
+    grace_epochs: int = Field(2, ge=1, description="ASHA: epochs before a trial may be stopped; PBT: epochs between steps")
+    reduction_factor: int = Field(3, ge=2, description="ASHA: one of so many trials goes on at each rung")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as the cluster has room for")
+    final: bool = Field(True, description="train the winner to the end and evaluate it")
+
+
+class Config(Section):
+    """One run of nuciseg."""
+
+    seed: int = Field(0, ge=0, description="seed of weights, batches and augmentation")
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    target: TargetConfig = TouchingBorderConfig()
+    model: ModelConfig = UnetConfig()
+    loss: LossConfig = CombinedConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    scale: ScaleConfig = ScaleConfig()
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.train.accumulate > self.data.batch_size:
+            raise ValueError(
+                f"train.accumulate {self.train.accumulate} is more than data.batch_size {self.data.batch_size}: "
+                "a part of a batch needs at least one image"
+            )
+        return self
+
+    def replaced(self, changes: Mapping[str, Any]) -> Config:
+        """The configuration with values put at dotted keys, validated as a whole.
+
+        Raises ConfigError for a key that does not exist or a value out of its range.
+        """
+        values = self.model_dump(mode="json")
+        for key, value in changes.items():
+            put(values, key, value)
+        return parse_config(values)
+
+
+def put(values: dict[str, Any], dotted_key: str, value: Any) -> None:
+    """Set `values[a][b][c]` for the key `a.b.c`, making the sections on the way."""
+    *sections, last = dotted_key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted_key}: {section!r} is a value, not a section; see --help for the keys")
+        values = inner
+    values[last] = value
+
+
+_KIND_IS_A_CHOICE = ("optim", "schedule", "tracking")  # here every kind has the same keys
+
+
+def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings section by section; where both have a value the stronger one's counts.
+
+    A section whose `kind` changes starts afresh, because another kind has other keys.
+    """
+    result = dict(weaker)
+    for key, value in stronger.items():
+        before = result.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            other_kind = "kind" in value and value["kind"] != before.get("kind", value["kind"])
+            starts_afresh = other_kind and key not in _KIND_IS_A_CHOICE
+            result[key] = dict(value) if starts_afresh else merged(before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:
+    """Validate `values` as a whole configuration; raises ConfigError with one sentence that names the key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error)}") from None
+
+
+def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Defaults < the YAML file at `path` < `overrides` (nested mapping)."""
+    values = read_yaml(path) if path is not None else {}
+    source = str(path) if path else "flags"
+    return parse_config(merged(merged(_defaults(), values), overrides or {}), source)
+
+
+def _defaults() -> dict[str, Any]:
+    return Config().model_dump(mode="json")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ConfigError where there is none."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"{path}: cannot read this configuration ({reason}); give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `--config` takes back."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Flags(BaseSettings, Config):
+    """Config as the command line sees it; only its flags are used, never the environment."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", cli_hide_none_type=True, cli_prefix="", cli_implicit_flags=False, cli_enforce_required=False
+    )
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> CliSettingsSource[Any]:
+    """Add `--config FILE` and one flag for every key of the configuration, with type, unit and default in `--help`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags count more")
+    parser.allow_abbrev = False
+    return CliSettingsSource(_Flags, root_parser=parser, cli_parse_args=None)
+
+
+def config_from_args(
+    source: CliSettingsSource[Any], args: argparse.Namespace, base: Mapping[str, Any] | None = None
+) -> Config:
+    """Defaults < `base` < `--config` < flags, validated; raises ConfigError."""
+    flags = source(parsed_args=args)()
+    config_path: Path | None = args.config
+    values = merged(merged(_defaults(), base or {}), read_yaml(config_path) if config_path else {})
+    return parse_config(merged(values, flags), source=str(config_path) if config_path else "flags")
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that the configuration can have, over all kinds of every section."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for section in _sections_of(field.annotation):
+            yield from known_keys(section, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str:
+    """` (did you mean ...?)` for a key that does not exist, or nothing where no key is near."""
+    near = difflib.get_close_matches(key, sorted(set(known_keys())), n=1, cutoff=0.5)
+    if not near:
+        last = key.rsplit(".", 1)[-1]
+        near = [known for known in known_keys() if known.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists the keys"
+
+
+def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) is Annotated:
+        yield from _sections_of(typing.get_args(annotation)[0])
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _sections_of(part)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first fault as one sentence: key, value, what is wrong."""
+    tags = _union_tags()  # the tags of unions stand in pydantic's location, but not in the key
+    faults = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"] if part not in tags or part == fault["loc"][-1])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"unknown key {key!r}{nearest_key(key)}")
+        elif fault["type"] == "value_error" and not key:
+            faults.append(str(fault["ctx"]["error"]))
+        else:
+            message = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"]
+            faults.append(f"{key} is {fault['input']!r}: {message[:1].lower()}{message[1:]}")
+    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return faults[0] + more
+
+
+def _union_tags() -> set[str]:
+    tags: set[str] = set()
+    for field in Config.model_fields.values():
+        for section in _sections_of(field.annotation):
+            kind = section.model_fields.get("kind")
+            tags |= {str(tag) for tag in typing.get_args(kind.annotation)} if kind else set()
+    return tags

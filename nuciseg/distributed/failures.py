@@ -1,0 +1,48 @@
+"""Failures that a retry cannot mend are written down in the run's folder.
+
+A worker that raises is restarted by Ray. That is right for a machine that died and wrong for a loss that became NaN:
+restarted workers find the note and stop at once, and whoever waits for the run reads the reason from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nuciseg import errors
+from nuciseg.engine.checkpoint import write_json
+from nuciseg.errors import NucisegError, OutOfMemoryError
+
+import json
+
+_FAILURE_FILE = "failure.json"
+_SMALLER_PARTS_FILE = "smaller_parts.json"
+
+
+def note_failure(run_dir: Path, error: NucisegError) -> None:
+    """Write down why the run ended, unless an earlier reason stands there. A first lack of memory is no reason yet:
+    the next attempt cuts the batch into twice as many parts."""
+    if isinstance(error, OutOfMemoryError) and not (run_dir / _SMALLER_PARTS_FILE).exists():
+        write_json({"reason": str(error)}, run_dir / _SMALLER_PARTS_FILE)
+        return
+    if not (run_dir / _FAILURE_FILE).exists():
+        write_json({"kind": type(error).__name__, "message": str(error)}, run_dir / _FAILURE_FILE)
+
+
+def noted_failure(run_dir: Path) -> NucisegError | None:
+    """The reason why the run ended, or None."""
+    try:
+        note = json.loads((run_dir / _FAILURE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    kind: type[NucisegError] = getattr(errors, note["kind"])
+    return kind(note["message"])
+
+
+def batch_parts_factor(run_dir: Path) -> int:
+    """2 after memory ran out once, else 1: what `train.accumulate` is multiplied by."""
+    return 2 if (run_dir / _SMALLER_PARTS_FILE).exists() else 1
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Before a run is taken up again by hand."""
+    (run_dir / _FAILURE_FILE).unlink(missing_ok=True)

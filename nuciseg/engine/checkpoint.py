@@ -1,0 +1,253 @@
+"""Checkpoints: one folder an epoch, written whole or not at all, nothing in it that can run code.
+
+    checkpoints/
+    ├── index.json           which epoch is the best and which the last
+    ├── epoch-0007/
+    │   ├── checkpoint.json       schema version, configuration, epoch, scores so far, split hash, sizes of the files
+    │   ├── weights.safetensors   the weights to predict with (averaged ones where averaging is on)
+    │   └── training.safetensors  raw weights, optimizer and averaging state: what resuming needs
+    └── epoch-0009/
+
+A folder gets its name by a rename after all its files are on the disk, so a killed writer leaves nothing that could
+be taken for a checkpoint. Best and last are kept, everything older goes: with the one being written there are never
+more than three.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nuciseg.config import Config, parse_config
+from nuciseg.errors import CheckpointError, ConfigError, ResourceError
+
+SCHEMA_VERSION = 1
+MAX_FOLDERS = 3
+METADATA_FILE = "checkpoint.json"
+WEIGHTS_FILE = "weights.safetensors"
+TRAINING_FILE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an epoch; with the seed in the configuration it fixes all randomness to come.
+
+    `history` has one flat mapping of figures an epoch, from epoch 1 on.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    history: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def epochs_since_best(self) -> int:
+        return self.epoch - self.best_epoch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory. `training` is empty where only prediction is wanted."""
+
+    config: Config
+    progress: Progress
+    split_hash: str
+    in_channels: int
+    weights: Mapping[str, torch.Tensor]
+    training: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `folder` whole or not at all.
+
+    Raises ResourceError where there is no space or no permission; whatever lay there before is kept.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {WEIGHTS_FILE: checkpoint.weights}
+        if checkpoint.training:
+            files[TRAINING_FILE] = checkpoint.training
+        for name, tensors in files.items():
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
+        metadata = {
+            "schema_version": SCHEMA_VERSION,
+            "config": checkpoint.config.model_dump(mode="json"),
+            "in_channels": checkpoint.in_channels,
+            "split_hash": checkpoint.split_hash,
+            "scores": dict(checkpoint.scores),
+            "progress": {
+                "epoch": checkpoint.progress.epoch,
+                "step": checkpoint.progress.step,
+                "best_epoch": checkpoint.progress.best_epoch,
+                "history": [dict(row) for row in checkpoint.progress.history],
+            },
+            "file_bytes": {name: (temporary / name).stat().st_size for name in files},
+        }
+        (temporary / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        for name in (*files, METADATA_FILE):
+            _flush_to_disk(temporary / name)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ResourceError(_why_not_written(error, folder)) from error
+
+
+def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
+    """Read a checkpoint folder; with `training` also what resuming needs.
+
+    Raises CheckpointError where it is none, truncated, or of another schema.
+    """
+    metadata_path = folder / METADATA_FILE
+    try:
+        metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+        version = metadata["schema_version"]
+    except OSError:
+        raise CheckpointError(f"{folder} is not a checkpoint (it has no {METADATA_FILE}); {_HOW_TO_NAME_ONE}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{metadata_path} is truncated or no checkpoint's; {_HOW_TO_NAME_ONE}") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint schema {version}, this nuciseg reads schema {SCHEMA_VERSION}; "
+            "use the nuciseg version that wrote it, or train again"
+        )
+    names = [WEIGHTS_FILE, TRAINING_FILE] if training else [WEIGHTS_FILE]
+    tensors = {name: _load_tensors(folder / name, metadata["file_bytes"].get(name)) for name in names}
+    try:
+        config = parse_config(metadata["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{metadata_path}: its configuration cannot be used here: {error}") from None
+    progress = metadata["progress"]
+    return Checkpoint(
+        config=config,
+        progress=Progress(
+            epoch=progress["epoch"],
+            step=progress["step"],
+            best_epoch=progress["best_epoch"],
+            history=tuple(progress["history"]),
+        ),
+        split_hash=metadata["split_hash"],
+        in_channels=metadata["in_channels"],
+        weights=tensors[WEIGHTS_FILE],
+        training=tensors.get(TRAINING_FILE, {}),
+        scores=metadata["scores"],
+    )
+
+
+class CheckpointStore:
+    """The checkpoints of one run: best and last."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "checkpoints"
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
+        progress = checkpoint.progress
+        path = self._path(progress.epoch)
+        save_checkpoint(checkpoint, path)
+        write_json({"best": self._path(progress.best_epoch).name, "last": path.name}, self.folder / "index.json")
+        keep = {path.name, self._path(progress.best_epoch).name}
+        for other in self.folder.glob("epoch-*"):
+            if other.name not in keep:
+                shutil.rmtree(other, ignore_errors=True)
+        for abandoned in self.folder.glob(".epoch-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        return path
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint, or None before the first."""
+        folders = sorted(self.folder.glob("epoch-*"))
+        return folders[-1] if folders else None
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best validation score, or None before the first."""
+        try:
+            path = self.folder / json.loads((self.folder / "index.json").read_text(encoding="utf-8"))["best"]
+        except (OSError, ValueError, KeyError):
+            return self.last  # killed between the first checkpoint and its index
+        return path if path.exists() else self.last
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, a run's best one, or the best one of a search's final run.
+
+    Raises CheckpointError where there is none.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; {_HOW_TO_NAME_ONE}")
+    if (path / METADATA_FILE).exists():
+        return path
+    for run_dir in (path, path / "final"):
+        best = CheckpointStore(run_dir).best
+        if best is not None:
+            return best
+    raise CheckpointError(f"{path} is not a checkpoint and holds none; {_HOW_TO_NAME_ONE}")
+
+
+def disk_need_bytes(num_parameters: int) -> int:
+    """Upper bound of what a run's checkpoints take: weights, raw weights and two moments, three folders."""
+    return MAX_FOLDERS * 4 * 4 * num_parameters
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON to `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+_HOW_TO_NAME_ONE = "give a run's folder, or a folder under its checkpoints/"
+
+
+def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Tensor]:
+    try:
+        size = path.stat().st_size
+        if expected_bytes is not None and size != expected_bytes:
+            raise CheckpointError(
+                f"{path} is truncated ({size} of {expected_bytes} bytes); use the run's other checkpoint or copy it again"
+            )
+        return load_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy the whole checkpoint folder") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({error}); copy the checkpoint again") from None
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _why_not_written(error: Exception, folder: Path) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:  # safetensors wraps the system's error in its own text
+        number = next((n for n in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if f"(os error {n})" in str(error)), None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        parent = next(p for p in folder.parents if p.exists())
+        free_mb = shutil.disk_usage(parent).free / 1e6
+        return (
+            f"no space left for checkpoint {folder} ({free_mb:.1f} MB free); the checkpoints before it are whole: "
+            "free space or set run.storage_path elsewhere, then --resume"
+        )
+    reason = os.strerror(number) if number is not None else str(error)
+    return f"cannot write checkpoint {folder}: {reason}; set run.storage_path to a folder you may write to"

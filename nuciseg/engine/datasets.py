@@ -1,0 +1,87 @@
+"""From a configuration to images that are decoded, cached and split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from nuciseg.config import Config, DataConfig
+from nuciseg.data.augment import Augmenter
+from nuciseg.data.cache import CachedSamples, open_cache
+from nuciseg.data.dataset import TrainingData
+from nuciseg.data.formats import detect_format, get_format, synthetic
+from nuciseg.data.splits import Split, split_records
+from nuciseg.errors import DataError
+from nuciseg.targets import build_target
+from nuciseg.types import Record, Sample
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """All training images of a data set, and which of them are held out for validation."""
+
+    samples: CachedSamples
+    split: Split
+    training_data: TrainingData
+
+    @property
+    def in_channels(self) -> int:
+        return self.samples[0].image_HWC.shape[2]
+
+
+def open_samples(config: DataConfig, split: str) -> CachedSamples:
+    """The decoded images of `split` ("train" or "test").
+
+    They are decoded once per node: the cache is shared by its workers and by all runs. Raises DataError.
+    """
+    return _open(config, split)[1]
+
+
+def open_training_set(config: Config, stride: int) -> TrainingSet:
+    """Training and validation images, for a network of `stride` pixels. Raises DataError."""
+    records, samples = _open(config.data, "train")
+    refuse_smaller_than(stride, samples)
+    split = split_records(records, config.data.validation_fraction, config.data.split_seed)
+    training_data = TrainingData(
+        samples=samples,
+        indices=split.train,
+        normalization=config.data.normalization,
+        augmenter=Augmenter(config.augment),
+        target=build_target(config.target),
+        crop_px=config.data.crop_px,
+        seed=config.seed,
+        multiple=max(stride, 32),
+    )
+    return TrainingSet(samples, split, training_data)
+
+
+def refuse_smaller_than(stride: int, samples: CachedSamples) -> None:
+    """Raise DataError for the first image with a side shorter than the network's stride."""
+    for id, (height, width) in zip(samples.ids, samples.shapes, strict=True):
+        if min(height, width) < stride:
+            raise DataError(
+                f"image {id!r} has {height}x{width} pixels, the network needs at least {stride} on each side (its "
+                "stride); leave the image out, enlarge it, or use fewer stages (model.depth or model.stages)"
+            )
+
+
+def format_of(config: DataConfig) -> str:
+    """The name of the data's layout; `synthetic` where there is no folder."""
+    if config.format == "synthetic" or (config.root is None and config.format == "auto"):
+        return "synthetic"
+    if config.root is None:
+        raise DataError(f"data.format is {config.format!r} but data.root is not set; give the folder with --data.root")
+    return (detect_format(config.root) if config.format == "auto" else get_format(config.format)).NAME
+
+
+def _open(config: DataConfig, split: str) -> tuple[list[Record], CachedSamples]:
+    load: Callable[[Record], Sample]
+    name = format_of(config)
+    if name == "synthetic":
+        records, load = synthetic.read(config.synthetic, split), partial(synthetic.load, config=config.synthetic)
+    else:
+        assert config.root is not None  # else the format is synthetic
+        layout = get_format(name)
+        records, load = layout.read(config.root, split), layout.load
+    return records, open_cache(records, load, format_name=name, cache_dir=config.cache_dir)

@@ -1,0 +1,104 @@
+"""From samples to probabilities, nuclei and scores: one way for validation, evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from nuciseg.data.dataset import SampleStore, evaluation_batch, evaluation_batches
+from nuciseg.engine.network import Network
+from nuciseg.metrics import ImageScores, score_image
+from nuciseg.targets import Target
+from nuciseg.types import Batch, Instances
+
+EVALUATION_BATCH_SIZE = 8  # fixed: with another composition of batches the last digits of floats may differ
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which worker this is, of how many, and what it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """What a network says of one whole image: `maps_KHW` float32 in [0, 1]."""
+
+    index: int
+    id: str
+    maps_KHW: NDArray[np.float32]
+
+
+def predict_probabilities(
+    network: Network, samples: SampleStore, indices: Sequence[int], place: Place | None = None
+) -> Iterator[Probabilities]:
+    """The probabilities of the samples at `indices`, or of this worker's share of them, largest images first."""
+    place = place or Place(device=network.precision.device)
+    config = network.config.data.normalization
+    batches = evaluation_batches(indices, samples.shapes, EVALUATION_BATCH_SIZE)
+    for batch_indices in batches[place.rank :: place.world_size]:
+        batch = evaluation_batch(samples, batch_indices, config, network.target, network.stride)
+        probabilities_BKHW = _forward(network, batch)
+        for row, index in enumerate(batch_indices):
+            height, width = samples.shapes[index][:2]
+            yield Probabilities(index, batch.ids[row], probabilities_BKHW[row, :, :height, :width])
+
+
+def score_samples(
+    network: Network, samples: SampleStore, indices: Sequence[int], place: Place | None = None
+) -> list[ImageScores]:
+    """The scores of every sample at `indices`, in the order of their ids; every worker scores its share once and
+    all workers get the whole list."""
+    place = place or Place(device=network.precision.device)
+    own = [
+        score_probabilities(network.target, found, samples[found.index].labels_HW)
+        for found in predict_probabilities(network, samples, indices, place)
+    ]
+    if place.world_size > 1:
+        gathered: list[list[ImageScores] | None] = [None] * place.world_size
+        dist.all_gather_object(gathered, own)
+        own = [scores for part in gathered if part is not None for scores in part]
+    return sorted(own, key=lambda scores: scores.id)
+
+
+def score_probabilities(target: Target, found: Probabilities, labels_HW: NDArray[np.int32]) -> ImageScores:
+    """The scores of one image's decoded nuclei and thresholded border."""
+    instances = target.decode(found.maps_KHW)
+    return score_image(
+        found.id,
+        instances.labels_HW,
+        labels_HW,
+        border_mask(target, found.maps_KHW),
+        target.encode(labels_HW)[target.border_index] > 0,
+    )
+
+
+def border_mask(target: Target, maps_KHW: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The pixels (H, W) that the network takes for border."""
+    mask: NDArray[np.bool_] = maps_KHW[target.border_index] >= target.config.decode.border_threshold
+    return mask
+
+
+def predict_instances(
+    network: Network, samples: SampleStore, indices: Sequence[int]
+) -> Iterator[tuple[Probabilities, Instances]]:
+    """The separated nuclei of the samples at `indices`, largest images first."""
+    for found in predict_probabilities(network, samples, indices):
+        yield found, network.target.decode(found.maps_KHW)
+
+
+@torch.inference_mode()
+def _forward(network: Network, batch: Batch) -> NDArray[np.float32]:
+    batch = batch.to(network.precision.device, network.precision.channels_last)
+    with network.precision.autocast():
+        logits_BKHW = network.model(batch.images_BCHW)
+    probabilities: NDArray[np.float32] = logits_BKHW.float().sigmoid().cpu().numpy()
+    return probabilities

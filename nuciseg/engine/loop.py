@@ -1,0 +1,305 @@
+"""Training of one network, by one worker or by many in step. Plain PyTorch, no Ray.
+
+Whatever the number of workers, a step sees the same images with the same augmentation, and its gradient is the mean
+over the images of the whole batch; randomness is fixed by (seed, epoch), so that a run taken up again from a
+checkpoint goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nuciseg.config import Config
+from nuciseg.data.dataset import TrainingLoader
+from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, load_checkpoint
+from nuciseg.engine.datasets import TrainingSet
+from nuciseg.engine.inference import Place, score_samples
+from nuciseg.engine.network import Network, build_network
+from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
+from nuciseg.losses import build_loss
+from nuciseg.metrics import ImageScores, Scores
+from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, set_learning_rate
+from nuciseg.types import Batch
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What is known after an epoch. `metrics` are the same on every worker; `image_scores` and `is_best` too."""
+
+    progress: Progress
+    metrics: Mapping[str, float]
+    image_scores: tuple[ImageScores, ...]
+    is_best: bool
+    checkpoint: Path | None
+    network: Network
+
+
+class Trainer:
+    """The state of a run and the steps that change it."""
+
+    def __init__(self, config: Config, data: TrainingSet, place: Place, store: CheckpointStore) -> None:
+        self.config, self.data, self.place, self.store = config, data, place, store
+        torch.manual_seed(config.seed)
+        resume_from = store.last
+        self.network = build_network(config, data.in_channels, place.device, load_pretrained=resume_from is None)
+        self.loss = build_loss(config.loss).to(place.device)
+        self.loss_names = ("loss", *self.loss.terms)
+        self.optimizer = build_optimizer(config.optim, self.network.model)
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.network.precision.needs_loss_scaling)
+        decay = config.train.ema_decay
+        self.averaged = average_weights(self.network.model, decay) if decay is not None else None
+        self.progress = Progress()
+        if resume_from is not None:
+            self._restore(resume_from)
+        self.loader = TrainingLoader(
+            data.training_data,
+            batch_size=config.data.batch_size,
+            rank=place.rank,
+            world_size=place.world_size,
+            num_threads=config.data.num_loader_threads,
+            pin_memory=place.device.type == "cuda",
+        )
+        self.num_steps = config.train.epochs * self.loader.num_batches()
+        self.parallel = self._data_parallel()
+        self.step_model = self._compiled(self.parallel or self.network.model)
+
+    @property
+    def finished(self) -> bool:
+        """All epochs done, or no better score for `train.patience` epochs."""
+        patience = self.config.train.patience
+        patience_over = patience is not None and self.progress.epochs_since_best >= patience
+        return self.progress.epoch >= self.config.train.epochs or (self.progress.epoch > 0 and patience_over)
+
+    def run_epoch(self) -> EpochReport:
+        """Train one epoch, validate, keep a checkpoint. Every worker calls this at the same time."""
+        epoch = self.progress.epoch + 1
+        torch.manual_seed(_mixed_seed(self.config.seed, epoch, self.place.rank))
+        training = self._train_epoch(epoch)
+        self._same_buffers_everywhere()
+        start = time.perf_counter()
+        network = self._validated_network()
+        image_scores = score_samples(network, self.data.samples, self.data.split.validation, self.place)
+        validation = Scores.total(image_scores).flat_summary()
+        metrics = {"epoch": epoch, **training, **validation, "validation_s": time.perf_counter() - start}
+
+        score = metrics[self.config.train.metric]
+        best = max((row[self.config.train.metric] for row in self.progress.history), default=float("-inf"))
+        is_best = score > best
+        self.progress = replace(
+            self.progress,
+            epoch=epoch,
+            best_epoch=epoch if is_best else self.progress.best_epoch,
+            history=(*self.progress.history, metrics),
+        )
+        path = self.store.save(self._checkpoint(metrics)) if self.place.rank == 0 else None
+        return EpochReport(self.progress, metrics, tuple(image_scores), is_best, path, network)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        model, device = self.network.model, self.place.device
+        model.train()
+        sums: dict[str, torch.Tensor] = {}
+        num_images, wait_s, rate = 0, 0.0, 0.0
+        start = wait_start = time.perf_counter()
+        for loaded in self.loader.epoch(epoch):
+            wait_s += time.perf_counter() - wait_start
+            rate = learning_rate_at(
+                self.config.schedule, self.config.optim.lr, self.progress.step, self.num_steps
+            )
+            set_learning_rate(self.optimizer, rate)
+            batch = loaded.batch
+            if batch is not None:
+                batch = batch.to(device, self.network.precision.channels_last)
+            terms = self._step(batch, loaded.global_size, rate)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
+            num_images += loaded.global_size
+            self.progress = replace(self.progress, step=self.progress.step + 1)
+            wait_start = time.perf_counter()
+        seconds = time.perf_counter() - start
+        self._sum_over_workers(sums)
+        result = {f"train_{name}": float(value) / num_images for name, value in sums.items()}
+        return {
+            **result, "learning_rate": rate, "images_per_s": num_images / seconds, "data_wait_share": wait_s / seconds,
+            "train_s": seconds,
+        }
+
+    def _step(self, batch: Batch | None, global_size: int, rate: float) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns every loss term summed over this worker's images, on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            sums = self._backward(batch, global_size) if batch is not None else self._backward_nothing()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory in step {self.progress.step} with data.batch_size {self.config.data.batch_size} in "
+                f"train.accumulate {self.config.train.accumulate} parts; raise train.accumulate or lower data.crop_px"
+            ) from error
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.train.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), limit if limit is not None else float("inf"))
+        self._refuse_non_finite(sums, norm, rate)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network.model)
+        return sums
+
+    def _backward(self, batch: Batch, global_size: int) -> dict[str, torch.Tensor]:
+        parts = min(self.config.train.accumulate, len(batch))
+        bounds = [round(len(batch) * part / parts) for part in range(parts + 1)]
+        sums: dict[str, torch.Tensor] = {}
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            part = batch.slice(start, stop)
+            with self._synced_only_if(stop == len(batch)):
+                with self.network.precision.autocast():
+                    logits_BKHW = self.step_model(part.images_BCHW)
+                terms = self.loss(logits_BKHW, part.targets_BKHW, part.valid_BHW)
+                # DDP takes the mean over workers, so that this makes the mean over the images of the whole batch.
+                scaled = terms["loss"].sum() * (self.place.world_size / global_size)
+                self.scaler.scale(scaled).backward()
+            for name, value_B in terms.items():
+                sums[name] = sums.get(name, torch.zeros((), device=value_B.device)) + value_B.detach().sum()
+        return sums
+
+    def _backward_nothing(self) -> dict[str, torch.Tensor]:
+        """This worker has no image in a short last batch: it joins the gradients' sum with zeros, or the rest hang."""
+        side = self.network.stride * 2
+        nothing_BCHW = torch.zeros(1, self.network.in_channels, side, side, device=self.place.device)
+        self.network.model.eval()  # running statistics must not learn from it
+        logits_BKHW = self.step_model(nothing_BCHW)
+        self.scaler.scale(logits_BKHW.sum() * 0.0).backward()
+        self.network.model.train()
+        return {name: torch.zeros((), device=self.place.device) for name in self.loss_names}
+
+    def _refuse_non_finite(self, sums: Mapping[str, torch.Tensor], norm: torch.Tensor, rate: float) -> None:
+        # Every worker must come to the same verdict, or those who go on wait for ever. The norm of the summed
+        # gradient is the same everywhere; under fp16 it may be infinite while the scale is found, so there the loss
+        # alone is asked.
+        health = sums["loss"].clone()
+        if self.place.world_size > 1:
+            dist.all_reduce(health)
+        if not self.scaler.is_enabled():
+            health = health + norm
+        if bool(torch.isfinite(health)):
+            return
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in sums.items())
+        raise NonFiniteLossError(
+            f"the loss is not finite in step {self.progress.step} at learning rate {rate:.3g} "
+            f"({terms}; gradient norm {float(norm):.4g}); lower optim.lr, or set train.clip_norm or train.precision fp32"
+        )
+
+    def _data_parallel(self) -> DistributedDataParallel | None:
+        if self.place.world_size == 1:
+            return None
+        device_ids = [self.place.device] if self.place.device.type == "cuda" else None
+        return DistributedDataParallel(self.network.model, device_ids=device_ids)
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        if not self.config.train.compile:
+            return model
+        compiled: nn.Module = torch.compile(model)
+        return compiled
+
+    def _synced_only_if(self, last_part: bool) -> contextlib.AbstractContextManager[object]:
+        if self.parallel is None or last_part:
+            return contextlib.nullcontext()
+        return self.parallel.no_sync()
+
+    def _validated_network(self) -> Network:
+        if self.averaged is None:
+            self.network.model.eval()
+            return self.network
+        return replace(self.network, model=self.averaged.module.eval())
+
+    def _same_buffers_everywhere(self) -> None:
+        """Running statistics differ between workers; those of rank 0 are validated and kept."""
+        if self.place.world_size > 1:
+            models = [self.network.model] + ([self.averaged.module] if self.averaged is not None else [])
+            for model in models:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, src=0)
+
+    def _sum_over_workers(self, sums: dict[str, torch.Tensor]) -> None:
+        if self.place.world_size > 1:
+            for name in sorted(sums):
+                dist.all_reduce(sums[name])
+
+    def _checkpoint(self, metrics: Mapping[str, float]) -> Checkpoint:
+        model = self.network.model
+        training = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            training |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        if self.averaged is not None:
+            training["averaged.n_averaged"] = self.averaged.n_averaged
+        if self.scaler.is_enabled():
+            training |= {f"scaler.{key}": torch.tensor(value) for key, value in self.scaler.state_dict().items()}
+        weights = (self.averaged.module if self.averaged is not None else model).state_dict()
+        return Checkpoint(
+            config=self.config,
+            progress=self.progress,
+            split_hash=self.data.split.hash,
+            in_channels=self.data.in_channels,
+            weights=weights,
+            # Without averaging the weights to predict with are the raw ones: safetensors stores no tensor twice.
+            training={key: tensor.clone() for key, tensor in training.items()},
+            scores=metrics,
+        )
+
+    def _restore(self, folder: Path) -> None:
+        checkpoint = load_checkpoint(folder, training=True)
+        if checkpoint.split_hash != self.data.split.hash:
+            raise CheckpointError(
+                f"{folder} was trained on split {checkpoint.split_hash}, the data now gives {self.data.split.hash}: "
+                "the images or data.validation_fraction or data.split_seed changed; start a new run"
+            )
+        tensors = {part: {} for part in ("model", "optimizer", "averaged", "scaler")}
+        for name, tensor in checkpoint.training.items():
+            part, key = name.split(".", 1)
+            tensors[part][key] = tensor
+        self.network.model.load_state_dict(tensors["model"])
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors["optimizer"].items():
+            index, key = name.split(".", 1)
+            states.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        if self.averaged is not None:
+            self.averaged.module.load_state_dict(dict(checkpoint.weights))
+            self.averaged.n_averaged.copy_(tensors["averaged"]["n_averaged"])
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self.scaler.load_state_dict({key: type(state[key])(value) for key, value in tensors["scaler"].items()})
+        self.progress = checkpoint.progress
+
+
+def train(
+    config: Config, data: TrainingSet, place: Place, store: CheckpointStore, on_epoch: Callable[[EpochReport], None]
+) -> Progress:
+    """Train to the end, from the last checkpoint in `store` where there is one; `on_epoch` runs on every worker."""
+    trainer = Trainer(config, data, place, store)
+    try:
+        while not trainer.finished:
+            on_epoch(trainer.run_epoch())
+    finally:
+        trainer.close()
+    return trainer.progress
+
+
+def _mixed_seed(seed: int, epoch: int, rank: int) -> int:
+    return (seed * 1_000_003 + epoch * 7919 + rank) % 2**63
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

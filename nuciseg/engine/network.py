@@ -1,0 +1,54 @@
+"""A network with all that belongs to it: what goes in, what its maps mean, where and how it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nuciseg.config import Config
+from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
+from nuciseg.engine.precision import Precision, choose_precision
+from nuciseg.errors import CheckpointError
+from nuciseg.models import build_model
+from nuciseg.targets import Target, build_target
+
+
+@dataclass(frozen=True)
+class Network:
+    """What inference needs, whether in validation, evaluation or prediction."""
+
+    model: nn.Module
+    target: Target
+    config: Config
+    precision: Precision
+    in_channels: int
+
+    @property
+    def stride(self) -> int:
+        """Rows and columns of an input must be multiples of this, pixels."""
+        return int(self.model.stride)  # type: ignore[arg-type]  # every model of nuciseg has it
+
+
+def build_network(config: Config, in_channels: int, device: torch.device, *, load_pretrained: bool = True) -> Network:
+    """A fresh network on `device`; without `load_pretrained` its weights are to be replaced by a checkpoint's."""
+    target = build_target(config.target)
+    model = build_model(config.model, in_channels, len(target.map_names), load_weights=load_pretrained).to(device)
+    precision = choose_precision(config.train, device)
+    if precision.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Network(model, target, config, precision, in_channels)
+
+
+def load_network(folder: Path, device: torch.device) -> tuple[Network, Checkpoint]:
+    """The network of a checkpoint, ready to predict. Raises CheckpointError."""
+    checkpoint = load_checkpoint(folder)
+    network = build_network(checkpoint.config, checkpoint.in_channels, device, load_pretrained=False)
+    try:
+        network.model.load_state_dict(dict(checkpoint.weights))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit the configuration beside them ({error})") from None
+    network.model.eval()
+    return network, checkpoint
