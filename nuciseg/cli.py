@@ -1,0 +1,56 @@
+"""What all verbs share: a parser that suggests, and errors as one sentence with an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nuciseg.errors import NucisegError
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest flag for one it does not know."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m nuciseg.{verb}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: object = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = super().parse_known_args(args)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown argument {flag!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help"))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(NucisegError.exit_code)
+
+
+def run_verb(main: Callable[[], None]) -> NoReturn:
+    """Run a verb: a user's error is printed as one sentence, any other keeps its traceback.
+
+    Nothing calls home: usage reports and update checks are off before any library is imported.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        main()
+    except NucisegError as error:
+        print(f"nuciseg: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("nuciseg: interrupted; what was finished is kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
