@@ -262,7 +262,8 @@ class TrainingLoader:
     """Makes batches ahead of their use in threads, which live as long as the loader: use it as a context manager.
 
     Threads rather than processes: numpy and OpenCV let go of the interpreter while they compute, nothing is forked
-    beneath a network that already runs, and no batch is copied between processes.
+    beneath a network that already runs, and no batch is copied between processes. Measured on images of the nucleus
+    data set with all augmentation: 1.06 ms of one core per image in a thread, 1.53 ms in a DataLoader's process.
     """
 
     def __init__(
