@@ -100,9 +100,7 @@ class DiceConfig(LossSection):
     )
 
     def per_map(self, logits_BKHW: torch.Tensor, targets_BKHW: torch.Tensor, valid_B1HW: torch.Tensor) -> torch.Tensor:
-        true_positives, false_positives, false_negatives = _soft_counts(logits_BKHW, targets_BKHW, valid_B1HW)
-        doubled = 2 * true_positives + self.smooth
-        return 1 - doubled / (doubled + false_positives + false_negatives)
+        return _tversky(logits_BKHW, targets_BKHW, valid_B1HW, 0.5, 0.5, self.smooth / 2)
 
 
 class JaccardConfig(LossSection):
@@ -235,15 +233,6 @@ def _mean_over_valid(values_BKHW: torch.Tensor, valid_B1HW: torch.Tensor) -> tor
     return (values_BKHW * valid_B1HW).sum(dim=(2, 3)) / valid_B1HW.sum(dim=(2, 3)).clamp(min=1)
 
 
-def _soft_counts(
-    logits_BKHW: torch.Tensor, targets_BKHW: torch.Tensor, valid_B1HW: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """True positives, false positives and false negatives (B, K), in pixels, of probabilities instead of decisions."""
-    p = torch.sigmoid(logits_BKHW) * valid_B1HW
-    true_positives = (p * targets_BKHW).sum(dim=(2, 3))
-    return true_positives, p.sum(dim=(2, 3)) - true_positives, targets_BKHW.sum(dim=(2, 3)) - true_positives
-
-
 def _tversky(
     logits_BKHW: torch.Tensor,
     targets_BKHW: torch.Tensor,
@@ -252,6 +241,10 @@ def _tversky(
     beta: float,
     smooth: float,
 ) -> torch.Tensor:
-    true_positives, false_positives, false_negatives = _soft_counts(logits_BKHW, targets_BKHW, valid_B1HW)
+    """(B, K), with counts of probabilities instead of decisions. Jaccard is alpha = beta = 1, Dice is 1/2."""
+    p = torch.sigmoid(logits_BKHW) * valid_B1HW
+    true_positives = (p * targets_BKHW).sum(dim=(2, 3))
+    false_positives = p.sum(dim=(2, 3)) - true_positives
+    false_negatives = targets_BKHW.sum(dim=(2, 3)) - true_positives
     shared = true_positives + smooth
     return 1 - shared / (shared + alpha * false_positives + beta * false_negatives)

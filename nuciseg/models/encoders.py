@@ -111,7 +111,8 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
     """
     create = import_timm().create_model
     try:
-        levels = create(name, pretrained=False, features_only=True).feature_info.reduction()
+        with torch.device("meta"):  # shapes alone, no memory and no random numbers
+            levels = create(name, pretrained=False, features_only=True).feature_info.reduction()
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"timm's '{name}' (model.encoder) gives no features ({error}): choose another encoder"
@@ -141,7 +142,8 @@ def _any_size_options(name: str) -> dict[str, Any]:
     """What timm wants to be told so that an encoder made for one image size takes others."""
     for options in ({"strict_img_size": False}, {"dynamic_img_size": True}):
         try:
-            import_timm().create_model(name, pretrained=False, **options)
+            with torch.device("meta"):
+                import_timm().create_model(name, pretrained=False, **options)
         except TypeError:  # unknown to this family of networks
             continue
         return options

