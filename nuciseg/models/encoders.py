@@ -44,6 +44,7 @@ class Encoder(nn.Module):
             zip(self.network.feature_info.reduction(), self.network.feature_info.channels(), strict=True)
         )
         self.is_channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
+        self._probe(name, own_channels)
         self.input_maximum = input_maximum if pretrained else None
         if pretrained:
             expected = input_normalization(name, pretrained)
@@ -53,6 +54,43 @@ class Encoder(nn.Module):
             self.register_buffer("input_mean", mean.view(1, -1, 1, 1))
             self.register_buffer("input_std", std.view(1, -1, 1, 1))
 
+    def _probe(self, name: str, own_channels: int) -> None:
+        """Sees that features lie where timm says, and freezes what they do not depend on.
+
+        Data-parallel training would wait for the gradients of unused layers.
+        """
+        stride = max(self.channels)
+        height, width = 7 * stride, 5 * stride
+        was_training = self.network.training
+        self.network.eval()  # leaves the statistics of batch normalisation alone
+        try:
+            features = self._features(torch.zeros(1, own_channels, height, width))
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"'{name}' (model.encoder) cannot take images of every multiple of its stride {stride} ({error}): "
+                "choose another encoder or other model.stages"
+            ) from error
+        for level, feature in features.items():
+            expected = (1, self.channels[level], height // level, width // level)
+            if tuple(feature.shape) != expected:
+                raise ConfigError(
+                    f"'{name}' (model.encoder) gives features of shape {tuple(feature.shape)} where a stride of "
+                    f"{level} should give {expected}: choose another encoder"
+                )
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        total = torch.stack([feature.sum() for feature in features.values()]).sum()
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True
+        ):
+            parameter.requires_grad_(gradient is not None)
+        self.network.train(was_training)
+
+    def _features(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        features = self.network(x)
+        if self.is_channels_last:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        return dict(zip(self.channels, features, strict=True))
+
     def forward(self, images_BCHW: torch.Tensor) -> dict[int, torch.Tensor]:
         x = images_BCHW
         if self.input_maximum is not None:
@@ -60,10 +98,7 @@ class Encoder(nn.Module):
         x = self.adapter(x)
         if self.input_maximum is not None:
             x = (x - self.input_mean) / self.input_std
-        features = self.network(x)
-        if self.is_channels_last:
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
-        return dict(zip(self.channels, features, strict=True))
+        return self._features(x)
 
 
 class _ZeroChannels(nn.Module):
@@ -112,11 +147,12 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
     create = import_timm().create_model
     try:
         with torch.device("meta"):  # shapes alone, no memory and no random numbers
-            levels = create(name, pretrained=False, features_only=True).feature_info.reduction()
+            network = create(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"timm's '{name}' (model.encoder) gives no features ({error}): choose another encoder"
         ) from error
+    levels = network.feature_info.reduction()
     if levels != sorted(set(levels)):
         raise ConfigError(
             f"the features of '{name}' (model.encoder) lie at strides {', '.join(map(str, levels))} where growing ones "
@@ -127,6 +163,8 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
     options: dict[str, Any] = {"features_only": True, "out_indices": tuple(range(stages)), "in_chans": in_channels}
     if import_timm().get_pretrained_cfg_value(name, "fixed_input_size"):
         options |= _any_size_options(name)
+    if type(network).__name__ != "FeatureListNet":  # the one kind that leaves out what lies behind the last feature
+        options |= _pruning_options(name, options)
     if pretrained is None:
         return create(name, pretrained=False, **options)
     if pretrained == "hub":
@@ -136,6 +174,19 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
     # timm warns of tensors that features do not need (the classifier); that none is missing was checked.
     logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
     return create(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights}, **options)
+
+
+def _pruning_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What makes timm leave out the layers behind the last feature, where this family of networks can.
+
+    EfficientNets would else compute all their stages, and train them on nothing.
+    """
+    try:
+        with torch.device("meta"):
+            import_timm().create_model(name, pretrained=False, feature_cls="getter", **options)
+    except (TypeError, AttributeError, AssertionError):
+        return {}
+    return {"feature_cls": "getter"}
 
 
 def _any_size_options(name: str) -> dict[str, Any]:

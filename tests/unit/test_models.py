@@ -29,7 +29,7 @@ EVERY_MODEL: list[tuple[dict[str, Any], int]] = [
     ({"kind": "timm", "encoder": "mobilenetv3_small_050", "stages": 5, "decoder_channels": SMALL}, 32),
     ({"kind": "timm", "encoder": "convnext_atto", "stages": 1, "decoder_channels": SMALL, "norm": "group"}, 4),
     ({"kind": "timm", "encoder": "mambaout_femto", "stages": 2, "decoder_channels": SMALL, "decoder_convs": 1}, 8),
-    ({"kind": "timm", "encoder": "vgg11_bn", "stages": 2, "decoder_channels": SMALL}, 2),
+    ({"kind": "timm", "encoder": "hardcorenas_a", "stages": 3, "decoder_channels": SMALL}, 8),
 ]
 
 
@@ -47,7 +47,7 @@ class TestEveryModel:
         assert logits.shape == (2, 3, 2 * stride, 3 * stride)
         assert 0.005 < torch.sigmoid(logits).mean().item() < 0.25  # few border pixels, before any training
         logits.square().sum().backward()
-        unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert unused == []  # data-parallel training would wait for their gradients
 
     def test_learns_in_bf16_and_channels_last(self, config: dict[str, Any], stride: int) -> None:
@@ -103,6 +103,22 @@ def test_borders_reach_the_output_at_full_resolution() -> None:
 def test_channel_policies(policy: Any, in_channels: int) -> None:
     config = TimmConfig(encoder="resnet10t", stages=2, decoder_channels=SMALL, channel_policy=policy)
     assert build_model(config, in_channels, 1)(torch.rand(1, in_channels, 8, 8)).shape == (1, 1, 8, 8)
+
+
+def test_stages_cut_the_encoder() -> None:
+    """What lies behind the last feature is not there: it would cost time and never be trained."""
+    counts = [
+        sum(p.numel() for p in build_model(TimmConfig(encoder="mobilenetv3_small_050", stages=n), 1, 1).parameters())
+        for n in (3, 5)
+    ]
+    assert counts[0] < 0.7 * counts[1]
+    with pytest.raises(ConfigError, match="cannot take images of every multiple of its stride 8"):
+        build_model(TimmConfig(encoder="hrnet_w18_small", stages=3), 1, 1)
+
+
+def test_encoder_with_features_at_full_resolution() -> None:
+    config = TimmConfig(encoder="vgg11_bn", stages=2, decoder_channels=SMALL)
+    assert build_model(config, 1, 1)(torch.rand(1, 1, 6, 4)).shape == (1, 1, 6, 4)
 
 
 def test_a_policy_that_does_not_fit_the_channels_is_refused() -> None:
