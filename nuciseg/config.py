@@ -146,6 +146,13 @@ class Config(Section):
             put(values, key, value)
         return parse_config(values)
 
+    def value(self, dotted_key: str) -> Any:
+        """The plain value (sections as mappings) at a dotted key."""
+        value: Any = self.model_dump(mode="json")
+        for part in dotted_key.split("."):
+            value = value[part]
+        return value
+
 
 def put(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     """Set `values[a][b][c]` for the key `a.b.c`, making the sections on the way."""

@@ -1,7 +1,6 @@
 """Checkpoints: one folder an epoch, written whole or not at all, nothing in it that can run code.
 
     checkpoints/
-    ├── index.json           which epoch is the best and which the last
     ├── epoch-0007/
     │   ├── checkpoint.json       schema version, configuration, epoch, scores so far, split hash, sizes of the files
     │   ├── weights.safetensors   the weights to predict with (averaged ones where averaging is on)
@@ -125,6 +124,9 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
             f"{folder} has checkpoint schema {version}, this nuciseg reads schema {SCHEMA_VERSION}; "
             "use the nuciseg version that wrote it, or train again"
         )
+    missing = {"config", "progress", "split_hash", "in_channels", "scores", "file_bytes"} - set(metadata)
+    if missing:
+        raise CheckpointError(f"{metadata_path} lacks {', '.join(sorted(missing))}; copy the whole checkpoint again")
     names = [WEIGHTS_FILE, TRAINING_FILE] if training else [WEIGHTS_FILE]
     tensors = {name: _load_tensors(folder / name, metadata["file_bytes"].get(name)) for name in names}
     try:
@@ -148,6 +150,13 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
     )
 
 
+def replace_config(folder: Path, config: Config, scores: Mapping[str, float]) -> None:
+    """Put another configuration (of decoding, chosen after training) and its scores into a checkpoint."""
+    path = folder / METADATA_FILE
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    write_json({**metadata, "config": config.model_dump(mode="json"), "scores": dict(scores)}, path)
+
+
 class CheckpointStore:
     """The checkpoints of one run: best and last."""
 
@@ -158,15 +167,26 @@ class CheckpointStore:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
         progress = checkpoint.progress
         path = self._path(progress.epoch)
+        for abandoned in self.folder.glob(".epoch-*"):  # by a killed writer; first, or there were four folders
+            shutil.rmtree(abandoned, ignore_errors=True)
         save_checkpoint(checkpoint, path)
-        write_json({"best": self._path(progress.best_epoch).name, "last": path.name}, self.folder / "index.json")
         keep = {path.name, self._path(progress.best_epoch).name}
         for other in self.folder.glob("epoch-*"):
             if other.name not in keep:
                 shutil.rmtree(other, ignore_errors=True)
-        for abandoned in self.folder.glob(".epoch-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
         return path
+
+    def adopt(self, folder: Path) -> None:
+        """Go on from another run's checkpoint: it becomes the only one here."""
+        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        path = self._path(metadata["progress"]["epoch"])
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(folder, temporary)
+        for other in self.folder.glob("epoch-*"):
+            shutil.rmtree(other)
+        os.replace(temporary, path)
+        write_json({"best": path.name, "last": path.name}, self.folder / "index.json")
 
     @property
     def last(self) -> Path | None:
@@ -176,12 +196,16 @@ class CheckpointStore:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint with the best validation score, or None before the first."""
+        """The checkpoint with the best validation score, or None before the first. The last one knows which it is."""
+        last = self.last
+        if last is None:
+            return None
         try:
-            path = self.folder / json.loads((self.folder / "index.json").read_text(encoding="utf-8"))["best"]
-        except (OSError, ValueError, KeyError):
-            return self.last  # killed between the first checkpoint and its index
-        return path if path.exists() else self.last
+            metadata = json.loads((last / METADATA_FILE).read_text(encoding="utf-8"))
+            path = self._path(metadata["progress"]["best_epoch"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return last  # damaged: whoever loads it says how
+        return path if path.exists() else last
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}"

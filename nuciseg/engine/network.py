@@ -13,7 +13,7 @@ from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
 from nuciseg.engine.precision import Precision, choose_precision
 from nuciseg.errors import CheckpointError
 from nuciseg.models import build_model
-from nuciseg.targets import Target, build_target
+from nuciseg.targets import Target, TargetConfig, build_target
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,33 @@ def build_network(config: Config, in_channels: int, device: torch.device, *, loa
     return Network(model, target, config, precision, in_channels)
 
 
-def load_network(folder: Path, device: torch.device) -> tuple[Network, Checkpoint]:
-    """The network of a checkpoint, ready to predict. Raises CheckpointError."""
+def stride_of(config: Config) -> int:
+    """The stride in pixels of the network that `config` describes."""
+    return int(_outline(config).stride)  # type: ignore[arg-type]  # every model of nuciseg has it
+
+
+def count_parameters(config: Config) -> int:
+    """How many numbers training changes in the network that `config` describes, for grey images."""
+    return sum(parameter.numel() for parameter in _outline(config).parameters())
+
+
+def _outline(config: Config) -> nn.Module:
+    with torch.device("meta"):  # no memory, no weights
+        return build_model(config.model, 1, len(build_target(config.target).map_names), load_weights=False)
+
+
+def load_network(
+    folder: Path, device: torch.device, target: TargetConfig | None = None
+) -> tuple[Network, Checkpoint]:
+    """The network of a checkpoint, ready to predict; `target` replaces how it is decoded. Raises CheckpointError.
+
+    One that was trained in fp16 predicts on a CPU in what that computes fastest: its weights are fp32 either way.
+    """
     checkpoint = load_checkpoint(folder)
-    network = build_network(checkpoint.config, checkpoint.in_channels, device, load_pretrained=False)
+    config = checkpoint.config.model_copy(update={"target": target}) if target is not None else checkpoint.config
+    if device.type == "cpu" and config.train.precision == "fp16":
+        config = config.replaced({"train.precision": "auto"})
+    network = build_network(config, checkpoint.in_channels, device, load_pretrained=False)
     try:
         network.model.load_state_dict(dict(checkpoint.weights))
     except RuntimeError as error:

@@ -1,0 +1,95 @@
+"""Start or join Ray quietly, and ask what it has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+
+from nuciseg.config import ScaleConfig
+from nuciseg.errors import ResourceError
+
+GPU_TRIAL_CPUS = 4  # feeds one GPU; fewer where the node has fewer
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one worker takes."""
+
+    cpus: int
+    gpus: int
+
+
+def connect(verbose: bool) -> None:
+    """Join the cluster that RAY_ADDRESS or `ray start` names, else start Ray on this machine.
+
+    With a dashboard on the loopback address: Ray Train frees the places of stopped trials through it.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A trial's state is written at most this long after it changed: what a SIGKILL of the driver may lose.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # results are polled with it
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        ray.init(
+            include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=verbose,
+            configure_logging=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
+    except ConnectionError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')!r} ({error}); start it with `ray start`, "
+            "or unset RAY_ADDRESS to use this machine"
+        ) from None
+
+
+def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:
+    """CPUs and GPUs of one worker on the connected cluster. Raises ResourceError where it has no GPU but one is wanted."""
+    total = ray.cluster_resources()
+    cluster_gpus = int(total.get("GPU", 0))
+    if scale.use_gpu and not cluster_gpus:
+        raise ResourceError("scale.use_gpu is true but the cluster has no GPU; set it to false, or add a GPU node")
+    gpus = 1 if scale.use_gpu or (scale.use_gpu is None and cluster_gpus) else 0
+    if scale.cpus_per_worker is not None:
+        return Need(scale.cpus_per_worker, gpus)
+    if gpus:
+        return Need(max(1, min(GPU_TRIAL_CPUS, int(total.get("CPU", 1)) // cluster_gpus)), gpus)
+    if for_trial:
+        return Need(1, 0)
+    return Need(max(1, int(total.get("CPU", 1)) // scale.num_workers), 0)
+
+
+def worker_slots(need: Need) -> int:
+    """How many such workers fit on the nodes that are alive, each worker whole on one node."""
+    slots = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            resources = node["Resources"]
+            fitting = int(resources.get("CPU", 0)) // need.cpus
+            slots += min(fitting, int(resources.get("GPU", 0)) // need.gpus) if need.gpus else fitting
+    return slots
+
+
+def require_room(num_workers: int, need: Need) -> int:
+    """The number of runs of `num_workers` that fit at once; raises ResourceError where not even one does."""
+    slots = worker_slots(need)
+    if slots < num_workers:
+        total = ray.cluster_resources()
+        raise ResourceError(
+            f"scale.num_workers is {num_workers} with {need.cpus} CPUs and {need.gpus} GPUs each, but the cluster "
+            f"(CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}) has room for {slots} such workers; "
+            "lower scale.num_workers or scale.cpus_per_worker, or add nodes"
+        )
+    return slots // num_workers

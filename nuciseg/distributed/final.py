@@ -1,0 +1,44 @@
+"""After a search: the winner trained to the end, and evaluated once on the test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nuciseg.config import Config, DataConfig
+from nuciseg.distributed.progress import followed
+from nuciseg.distributed.training import run_training
+from nuciseg.distributed.worker import Job
+from nuciseg.engine.checkpoint import CheckpointStore
+from nuciseg.engine.datasets import format_of
+from nuciseg.engine.evaluation import evaluate_checkpoint, print_evaluation
+from nuciseg.tracking import RunIdentity
+
+
+def train_final(config: Config, search_dir: Path, *, verbose: bool) -> Path:
+    """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder."""
+    run_dir = search_dir / "final"
+    identity = RunIdentity(
+        id=f"{search_dir.name}-final",
+        name="final",
+        group=search_dir.name,
+        job_type="train",
+        tags=(config.model.kind, getattr(config.model, "encoder", config.model.kind), config.target.kind),
+    )
+    with followed(run_dir, config.train.epochs, config.train.metric):
+        run_training(Job(config, run_dir.resolve(), identity, verbose))
+    return run_dir
+
+
+def evaluate_final(run_dir: Path, config: Config) -> None:
+    """Score the run's best checkpoint on the test images, or on validation where there are none, and print it."""
+    best = CheckpointStore(run_dir).best
+    assert best is not None  # it was just trained
+    split = "test" if _has_test_images(config.data) else "validation"
+    out = run_dir / f"evaluation-{split}"
+    print_evaluation(evaluate_checkpoint(best, None, split, out))
+
+
+def _has_test_images(config: DataConfig) -> bool:
+    if format_of(config) == "synthetic":
+        return config.synthetic.num_test > 0
+    return config.root is not None and (config.root / "test").is_dir()

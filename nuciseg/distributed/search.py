@@ -1,0 +1,312 @@
+"""A search through Ray Tune: trials, their scheduler and sampler, interruption and resumption, the ranked result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from ray import tune
+from ray.train.torch import get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from nuciseg.config import Config, load_config, write_config
+from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
+from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure
+from nuciseg.distributed.progress import SearchProgress
+from nuciseg.distributed.space import build_space, configure, describe
+from nuciseg.distributed.training import fit_workers, reported
+from nuciseg.distributed.worker import CONFIG_FILE, Job, best_score, run_worker
+from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
+from nuciseg.engine.inference import Place
+from nuciseg.engine.loop import EpochReport
+from nuciseg.errors import ConfigError, NucisegError, OutOfMemoryError, ResourceError
+from nuciseg.tracking import RunIdentity
+
+RESULTS_FILE = "results.json"
+TIE_BREAK = "border_dice"  # many trials separate the same number of clusters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial knows of its search."""
+
+    base: Config
+    folder: Path
+    need: Need
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one trial. `failure` is None unless it failed."""
+
+    id: str
+    sample: Mapping[str, Any]
+    score: float
+    tie_break: float
+    epochs: int
+    seconds: float
+    failure: str | None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return (self.score, self.tie_break)
+
+
+def check_search(config: Config) -> None:
+    """Raise ConfigError for a search that cannot be run, before a folder is made or Ray started."""
+    _scheduler(config, _search_space(config))
+
+
+def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
+    """Run the search that `config.search` describes into `folder`; returns the trials, best first."""
+    space = _search_space(config)
+    plan = _plan(config, folder, verbose)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder / CONFIG_FILE)
+    concurrent = _concurrent_trials(config, plan.need)
+    tuner = tune.Tuner(
+        _trainable(plan),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            num_samples=1 if config.search.sampler == "grid" else config.search.num_trials,
+            search_alg=_sampler(config, concurrent),
+            scheduler=_scheduler(config, space),
+            max_concurrent_trials=concurrent if config.search.sampler == "optuna" else None,
+            time_budget_s=config.search.max_hours * 3600 if config.search.max_hours else None,
+            trial_name_creator=lambda trial: trial.trial_id,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=_run_config(config, folder, concurrent),
+    )
+    return _fit(tuner, config, folder)
+
+
+def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
+    """Go on with an interrupted search: finished trials are kept, running ones go on from their checkpoints.
+
+    Raises ConfigError where `folder` holds no search.
+    """
+    config = read_search_config(folder)
+    plan = _plan(config, folder, verbose)
+    if not tune.Tuner.can_restore(str(folder)):
+        return config, start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
+    for run_dir in folder.iterdir():
+        if isinstance(noted_failure(run_dir), ResourceError):
+            forget_failure(run_dir)
+    tuner = tune.Tuner.restore(
+        str(folder),
+        trainable=_trainable(plan),
+        param_space=_search_space(config),
+        resume_unfinished=True,
+        restart_errored=True,
+    )
+    return config, _fit(tuner, config, folder)
+
+
+def read_search_config(folder: Path) -> Config:
+    """The configuration of the search in `folder`. Raises ConfigError where there is none."""
+    if not (folder / CONFIG_FILE).exists():
+        raise ConfigError(f"--resume {folder}: no search there (it has no {CONFIG_FILE}); give the folder tune printed")
+    config = load_config(folder / CONFIG_FILE)
+    if not config.search.space:
+        raise ConfigError(f"--resume {folder} is a training run, not a search; resume it with `nuciseg train`")
+    return config
+
+
+def winner(trials: list[Trial], base: Config) -> Config | None:
+    """The best trial's configuration with the search's own `train.epochs`, or None where every trial failed."""
+    best = next((trial for trial in trials if trial.failure is None and trial.epochs > 0), None)
+    return configure(base, best.sample) if best is not None else None
+
+
+# --- a trial ---------------------------------------------------------------------------------------------------------
+
+
+def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
+    trial_id = tune.get_context().get_trial_id()
+    assert trial_id is not None  # this runs in a trial
+    run_dir = plan.folder / trial_id
+    run_dir.mkdir(parents=True, exist_ok=True)
+    failure = noted_failure(run_dir)
+    if failure is not None:
+        raise failure
+    try:
+        job = _trial_job(sample, plan, trial_id)
+    except NucisegError as error:
+        note_failure(run_dir, error)
+        raise
+    if job.config.scale.num_workers > 1:
+        fit_workers(job, plan.need, callbacks=[TuneReportCallback()])
+        # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.
+        tune.report(_last_report(job))
+        return
+    try:
+        _run_alone(job, plan)
+    except OutOfMemoryError:
+        if noted_failure(run_dir) is not None:
+            raise
+        _run_alone(job, plan)  # the batch is cut into twice as many parts now
+
+
+def _trial_job(sample: dict[str, Any], plan: Plan, trial_id: str) -> Job:
+    epochs = plan.base.search.trial_epochs or plan.base.train.epochs
+    config = configure(plan.base, {**sample, "train.epochs": epochs, "train.calibrate": False})
+    identity = RunIdentity(
+        id=f"{plan.folder.name}-{trial_id}",
+        name=f"{trial_id.rsplit('_', 1)[-1]} {describe(sample)}",
+        group=plan.folder.name,
+        job_type="tune",
+        tags=(config.model.kind, getattr(config.model, "encoder", config.model.kind), config.target.kind),
+    )
+    return Job(config, plan.folder / trial_id, identity, plan.verbose)
+
+
+def _run_alone(job: Job, plan: Plan) -> None:
+    torch.set_num_threads(plan.need.cpus)
+    population_based = plan.base.search.scheduler == "pbt"
+    store = CheckpointStore(job.run_dir)
+    handed_over = tune.get_checkpoint()
+    if handed_over is not None:
+        with handed_over.as_directory() as folder:
+            store.adopt(Path(folder))
+
+    def report(epoch: EpochReport) -> None:
+        checkpoint = None
+        if population_based and epoch.checkpoint is not None:
+            checkpoint = tune.Checkpoint.from_directory(str(epoch.checkpoint))
+        tune.report(reported(epoch, job), checkpoint=checkpoint)
+
+    run_worker(job, Place(device=get_device() if plan.need.gpus else torch.device("cpu")), report)
+
+
+def _last_report(job: Job) -> dict[str, Any]:
+    last = CheckpointStore(job.run_dir).last
+    assert last is not None  # the workers ended well, so there is an epoch
+    history = load_checkpoint(last).progress.history
+    return {**history[-1], "score": best_score(history, job.config.train.metric)}
+
+
+# --- Ray Tune's parts ------------------------------------------------------------------------------------------------
+
+
+def _plan(config: Config, folder: Path, verbose: bool) -> Plan:
+    connect(verbose)
+    return Plan(config, folder.resolve(), worker_need(config.scale, for_trial=True), verbose)
+
+
+def _trainable(plan: Plan) -> Any:
+    # A trial of several workers holds next to nothing itself: if it held CPUs, trials could take all of them and wait
+    # for ever for workers that find none.
+    alone = plan.base.scale.num_workers == 1
+    resources = {"CPU": plan.need.cpus, "GPU": plan.need.gpus} if alone else {"CPU": 0.01}
+    return tune.with_resources(tune.with_parameters(_run_trial, plan=plan), resources)
+
+
+def _concurrent_trials(config: Config, need: Need) -> int:
+    room = require_room(config.scale.num_workers, need)
+    return min(room, config.search.max_concurrent or room)
+
+
+def _search_space(config: Config) -> dict[str, Any]:
+    space = build_space(config)
+    gridded = [key for key, line in config.search.space.items() if "grid_search" in line]
+    if config.search.sampler == "grid":
+        free = [key for key, line in config.search.space.items() if not {"grid_search", "choice"} & set(line)]
+        if free:
+            raise ConfigError(f"search.space.{free[0]}: the grid sampler needs `choice`; or set search.sampler to random")
+        return {key: tune.grid_search(line.categories) if hasattr(line, "categories") else line
+                for key, line in space.items()}
+    if gridded and config.search.sampler == "optuna":
+        raise ConfigError(f"search.space.{gridded[0]}: the optuna sampler takes `choice`, not `grid_search`")
+    return space
+
+
+def _sampler(config: Config, concurrent: int) -> Searcher | BasicVariantGenerator:
+    if config.search.sampler == "optuna":
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        return OptunaSearch(metric="score", mode="max", sampler=optuna.samplers.TPESampler(seed=config.seed))
+    return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
+
+
+def _scheduler(config: Config, space: Mapping[str, Any]) -> TrialScheduler:
+    search = config.search
+    epochs = search.trial_epochs or config.train.epochs
+    if search.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr="epoch",
+            max_t=epochs,
+            grace_period=min(search.grace_epochs, epochs),
+            reduction_factor=search.reduction_factor,
+        )
+    if search.scheduler == "pbt":
+        return _population_based(config, space)
+    return FIFOScheduler()
+
+
+def _population_based(config: Config, space: Mapping[str, Any]) -> PopulationBasedTraining:
+    if config.scale.num_workers > 1:
+        raise ConfigError("search.scheduler pbt needs trials of one worker: set scale.num_workers to 1, or use asha")
+    if config.search.sampler == "optuna":
+        raise ConfigError("search.scheduler pbt draws by itself: set search.sampler to random")
+    fixed = [key for key in space if key.split(".")[0] in ("model", "target", "data") and key != "data.batch_size"]
+    if fixed:
+        raise ConfigError(f"search.space.{fixed[0]}: pbt hands weights from trial to trial, so this key must be fixed")
+    return PopulationBasedTraining(
+        time_attr="epoch",
+        perturbation_interval=config.search.grace_epochs,
+        hyperparam_mutations=dict(space),
+        seed=config.seed,
+    )
+
+
+def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig:
+    return tune.RunConfig(
+        name=folder.name,
+        storage_path=str(folder.parent.resolve()),
+        verbose=0,
+        callbacks=[SearchProgress(config, folder, concurrent)],
+        # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
+        failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+    )
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def _fit(tuner: tune.Tuner, config: Config, folder: Path) -> list[Trial]:
+    results = tuner.fit()
+    trials = sorted((_trial(result, config, folder) for result in results), key=lambda t: t.rank, reverse=True)
+    write_json([asdict(trial) for trial in trials], folder / RESULTS_FILE)
+    return trials
+
+
+def _trial(result: Any, config: Config, folder: Path) -> Trial:
+    trial_id = Path(result.path).name
+    sample = result.config or {}
+    run_dir = folder / trial_id
+    last = CheckpointStore(run_dir).last
+    # The checkpoint is asked, not Ray: Ray's record of a trial ends with the last report that reached the driver.
+    history = load_checkpoint(last).progress.history if last is not None else ()
+    failure = noted_failure(run_dir) or result.error
+    best = max(history, key=lambda row: (row[config.train.metric], row[TIE_BREAK]), default=None)
+    return Trial(
+        id=trial_id,
+        sample=sample,
+        score=float(best[config.train.metric]) if best else -math.inf,
+        tie_break=float(best[TIE_BREAK]) if best else -math.inf,
+        epochs=len(history),
+        seconds=sum(row["train_s"] + row["validation_s"] for row in history),
+        failure=None if failure is None else str(failure).strip().splitlines()[-1],
+    )

@@ -1,0 +1,115 @@
+"""One run on N workers through Ray Train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
+from nuciseg.distributed.failures import noted_failure
+from nuciseg.distributed.worker import Job, best_score, run_worker
+from nuciseg.engine.inference import Place
+from nuciseg.engine.loop import EpochReport
+from nuciseg.errors import NucisegError, OutOfMemoryError, ResourceError, TrainingError
+
+
+def run_training(job: Job) -> None:
+    """Train `job` to the end on `scale.num_workers` workers, from the last checkpoint in its folder.
+
+    One worker runs in this process: a second layer of actors would cost about 10 s and give nothing. Workers that
+    die are started again, up to `run.max_failures` times. Raises NucisegError.
+    """
+    scale = job.config.scale
+    if scale.num_workers == 1:
+        if scale.use_gpu and not torch.cuda.is_available():
+            raise _no_gpu()
+        if scale.cpus_per_worker is not None:
+            torch.set_num_threads(scale.cpus_per_worker)
+        trainer = TorchTrainer(
+            train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
+        )
+        _fit_with_one_retry(trainer.fit, job)
+        return
+    connect(job.verbose)
+    need = worker_need(scale, for_trial=False)
+    require_room(scale.num_workers, need)
+    fit_workers(job, need, callbacks=[])
+
+
+def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
+    """Run `job` on several workers; raises the NucisegError that ended it, if one did."""
+    config = job.config
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=config.scale.num_workers,
+            use_gpu=need.gpus > 0,
+            resources_per_worker={"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(job.run_dir.resolve()),
+            # One more for the restart that only finds the noted failure and ends.
+            failure_config=FailureConfig(max_failures=config.run.max_failures + 1),
+            callbacks=callbacks,
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise noted_failure(job.run_dir) or TrainingError(_first_line(error)) from error
+    failure = noted_failure(job.run_dir)
+    if failure is not None:
+        raise failure
+
+
+def train_loop(arguments: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker (or, with one worker, in this process)."""
+    job: Job = arguments["job"]
+    context = ray.train.get_context()
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and noted_failure(job.run_dir) is not None:
+        return  # started again after a failure that starting again cannot mend
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device() if distributed or torch.cuda.is_available() else torch.device("cpu"),
+    )
+    run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)))
+
+
+def reported(epoch: EpochReport, job: Job) -> dict[str, Any]:
+    """What Ray hears of an epoch; `score` is the best so far of the score that ranks trials."""
+    return {
+        **epoch.metrics,
+        "score": best_score(epoch.progress.history, job.config.train.metric),
+        "best_epoch": epoch.progress.best_epoch,
+        "pid": os.getpid(),
+    }
+
+
+def _fit_with_one_retry(fit: Callable[[], Any], job: Job) -> None:
+    try:
+        fit()
+    except OutOfMemoryError:
+        if noted_failure(job.run_dir) is not None:
+            raise
+        fit()  # the batch is cut into twice as many parts now
+
+
+def _no_gpu() -> NucisegError:
+    return ResourceError("scale.use_gpu is true but this machine has no GPU that torch can use; set it to false")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"the workers died too often: {lines[-1] if lines else type(error).__name__}"

@@ -1,0 +1,144 @@
+"""What every worker of a run does: open the data, train, keep the run's folder in order, report each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nuciseg.config import Config, write_config
+from nuciseg.distributed.failures import batch_parts_factor, note_failure, noted_failure
+from nuciseg.engine.calibration import calibrate
+from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, replace_config, write_json
+from nuciseg.engine.datasets import TrainingSet, open_training_set
+from nuciseg.engine.evaluation import image_row
+from nuciseg.engine.inference import Place, predict_instances, score_samples
+from nuciseg.engine.loop import EpochReport, train
+from nuciseg.engine.network import load_network, stride_of
+from nuciseg.errors import NucisegError
+from nuciseg.metrics import ImageScores, Scores
+from nuciseg.plots import triptych
+from nuciseg.tracking import RunIdentity, Tracker, open_tracker
+
+CONFIG_FILE = "config.yaml"
+FINISHED_FILE = "finished.json"
+OVERLAY_EVERY_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what to train, where its folder is, how W&B names it. The same for every worker."""
+
+    config: Config
+    run_dir: Path
+    identity: RunIdentity
+    verbose: bool = False
+
+
+def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) -> None:
+    """Train to the end from whatever the run's folder holds; nothing is left to do for a finished run.
+
+    `report` is called on every worker after every epoch. Raises NucisegError, with the reason noted in the folder.
+    """
+    failure = noted_failure(job.run_dir)
+    if failure is not None:
+        raise failure
+    if (job.run_dir / FINISHED_FILE).exists():
+        return
+    try:
+        _run(job, _cut_smaller(job.config, batch_parts_factor(job.run_dir)), place, report)
+    except NucisegError as error:
+        note_failure(job.run_dir, error)
+        raise
+
+
+def best_score(history: tuple[dict[str, float], ...] | Any, metric: str) -> float:
+    """The best validation score so far: what trials are ranked by, since the best checkpoint is what is kept."""
+    return max(float(row[metric]) for row in history)
+
+
+def _run(job: Job, config: Config, place: Place, report: Callable[[EpochReport], None]) -> None:
+    data = open_training_set(config, stride_of(config))
+    store = CheckpointStore(job.run_dir)
+    diary = _Diary(job, config, data, store) if place.rank == 0 else None
+
+    def on_epoch(epoch: EpochReport) -> None:
+        if diary is not None:
+            diary.write(epoch)
+        report(epoch)
+
+    exit_code = 1
+    try:
+        train(config, data, place, store, on_epoch)
+        if diary is not None:
+            diary.conclude(place)
+        exit_code = 0
+    finally:
+        if diary is not None:
+            diary.tracker.finish(exit_code)
+
+
+class _Diary:
+    """What rank 0 writes into the run's folder and to W&B."""
+
+    def __init__(self, job: Job, config: Config, data: TrainingSet, store: CheckpointStore) -> None:
+        self.job, self.config, self.data, self.store = job, config, data, store
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(config, job.run_dir / CONFIG_FILE)
+        data.split.write(job.run_dir / "split.json")
+        history = load_checkpoint(store.last).progress.history if store.last is not None else ()
+        self.tracker: Tracker = open_tracker(
+            config.tracking,
+            job.identity,
+            job.run_dir,
+            {**config.model_dump(mode="json"), "split_hash": data.split.hash},
+            history=history,
+            verbose=job.verbose,
+        )
+        self.best_images: tuple[ImageScores, ...] = ()
+
+    def write(self, report: EpochReport) -> None:
+        epoch = report.progress.epoch
+        self.tracker.log_epoch(epoch, report.metrics)
+        if report.is_best:
+            self.best_images = report.image_scores
+        if epoch % OVERLAY_EVERY_EPOCHS == 0 or epoch == self.config.train.epochs:
+            # A fixed panel: the same validation images each time.
+            panel = self.data.split.validation[: self.config.tracking.num_overlays]
+            overlays = {}
+            for found, instances in predict_instances(report.network, self.data.samples, panel):
+                sample = self.data.samples[found.index]
+                overlays[found.id] = triptych(sample.image_HWC, sample.labels_HW, instances.labels_HW, found.id)
+            self.tracker.log_overlays(epoch, overlays)
+
+    def conclude(self, place: Place) -> None:
+        """Choose the thresholds, score the best checkpoint, log it whole and mark the run as finished."""
+        best = self.store.best
+        assert best is not None  # training has at least one epoch
+        network, checkpoint = load_network(best, place.device)
+        alone = Place(device=place.device)
+        validation = self.data.split.validation
+        if self.config.train.calibrate:
+            target = calibrate(network, self.data.samples, validation, self.config.train.metric)
+            config = checkpoint.config.model_copy(update={"target": target})
+            images = score_samples(load_network(best, place.device, target)[0], self.data.samples, validation, alone)
+            replace_config(best, config, Scores.total(images).flat_summary())
+        else:
+            images = list(self.best_images) or score_samples(network, self.data.samples, validation, alone)
+        summary = Scores.total(images).flat_summary()
+        shapes = dict(zip(self.data.samples.ids, self.data.samples.shapes, strict=True))
+        self.tracker.log_image_scores([image_row(scores, shapes[scores.id]) for scores in images])
+        self.tracker.log_checkpoint(best)
+        self.tracker.log_summary({f"best_{name}": value for name, value in summary.items()})
+        write_json(
+            {"checkpoint": best.name, "epoch": checkpoint.progress.epoch, "validation": summary},
+            self.job.run_dir / FINISHED_FILE,
+        )
+
+
+def _cut_smaller(config: Config, factor: int) -> Config:
+    if factor == 1:
+        return config
+    parts = min(config.train.accumulate * factor, config.data.batch_size)
+    return config.replaced({"train.accumulate": parts})

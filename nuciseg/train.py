@@ -1,0 +1,42 @@
+"""One run on N workers: `python -m nuciseg.train --config FILE [--any.key value] [--resume DIR]`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nuciseg.cli import Parser, run_verb
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the configuration, train, say where the checkpoint lies."""
+    from nuciseg.config import add_config_flags, config_from_args
+
+    parser = Parser("train", "Train one network, data-parallel on scale.num_workers workers.")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted run in this folder")
+    parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
+    flags = add_config_flags(parser)
+    args = parser.parse_args(argv)
+
+    from nuciseg.distributed.progress import followed
+    from nuciseg.distributed.runs import describe_disk_need, new_run_dir, resumed_config, train_identity
+    from nuciseg.distributed.training import run_training
+    from nuciseg.distributed.worker import Job
+    from nuciseg.engine.checkpoint import CheckpointStore
+    from nuciseg.tracking import describe_run
+
+    if args.resume is not None:
+        config, run_dir = resumed_config(args.resume, flags(parsed_args=args)(), args.config), args.resume
+    else:
+        config = config_from_args(flags, args)
+        run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
+    print(f"run folder: {run_dir}\n{describe_disk_need(config)}", flush=True)
+    job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)
+    with followed(run_dir, config.train.epochs, config.train.metric):
+        run_training(job)
+    print(f"best checkpoint: {CheckpointStore(run_dir).best}\n{describe_run(run_dir)}")
+
+
+if __name__ == "__main__":
+    run_verb(main)
