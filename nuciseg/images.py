@@ -97,6 +97,17 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def require_writable(folder: Path) -> None:
+    """Make `folder` and see that files can be written there, before hours of work are lost. Raises `ResourceError`."""
+    probe = Path(folder) / f".{uuid4().hex[:8]}.tmp"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResourceError(f"The folder {folder} cannot be written ({error.strerror}); choose another.") from error
+
+
 def _read_plane(path: Path) -> NDArray[np.generic]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; check the path.")

@@ -9,7 +9,7 @@ from functools import partial
 from nuciseg.config import Config, DataConfig
 from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
-from nuciseg.data.dataset import TrainingData
+from nuciseg.data.dataset import SampleStore, TrainingData
 from nuciseg.data.formats import detect_format, get_format, synthetic
 from nuciseg.data.splits import Split, split_records
 from nuciseg.errors import DataError
@@ -38,11 +38,16 @@ def open_samples(config: DataConfig, split: str) -> CachedSamples:
     return _open(config, split)[1]
 
 
+def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
+    """The decoded training images, and which of them are held out for validation. Raises DataError."""
+    records, samples = _open(config, "train")
+    return samples, split_records(records, config.validation_fraction, config.split_seed)
+
+
 def open_training_set(config: Config, stride: int) -> TrainingSet:
     """Training and validation images, for a network of `stride` pixels. Raises DataError."""
-    records, samples = _open(config.data, "train")
+    samples, split = open_split_samples(config.data)
     refuse_smaller_than(stride, samples)
-    split = split_records(records, config.data.validation_fraction, config.data.split_seed)
     training_data = TrainingData(
         samples=samples,
         indices=split.train,
@@ -56,9 +61,9 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
     return TrainingSet(samples, split, training_data)
 
 
-def refuse_smaller_than(stride: int, samples: CachedSamples) -> None:
+def refuse_smaller_than(stride: int, samples: SampleStore) -> None:
     """Raise DataError for the first image with a side shorter than the network's stride."""
-    for id, (height, width) in zip(samples.ids, samples.shapes, strict=True):
+    for id, (height, width, *_) in zip(samples.ids, samples.shapes, strict=True):
         if min(height, width) < stride:
             raise DataError(
                 f"image {id!r} has {height}x{width} pixels, the network needs at least {stride} on each side (its "

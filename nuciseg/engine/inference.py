@@ -71,7 +71,13 @@ def score_samples(
 
 def score_probabilities(target: Target, found: Probabilities, labels_HW: NDArray[np.int32]) -> ImageScores:
     """The scores of one image's decoded nuclei and thresholded border."""
-    instances = target.decode(found.maps_KHW)
+    return score_instances(target, found, target.decode(found.maps_KHW), labels_HW)
+
+
+def score_instances(
+    target: Target, found: Probabilities, instances: Instances, labels_HW: NDArray[np.int32]
+) -> ImageScores:
+    """`score_probabilities` where the nuclei are decoded already."""
     return score_image(
         found.id,
         instances.labels_HW,

@@ -30,6 +30,11 @@ class Precision:
         return self.dtype is torch.float16
 
 
+def local_device() -> torch.device:
+    """The first GPU where there is one, else the CPU: for commands that compute in their own process."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def choose_precision(config: TrainConfig, device: torch.device) -> Precision:
     """What the configuration asks for; where it says auto, the fastest that the device computes natively.
 

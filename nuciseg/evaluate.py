@@ -1,0 +1,170 @@
+"""Score a checkpoint on images with known nuclei, beside what no network at all would score.
+
+python -m nuciseg.evaluate --checkpoint runs/RUN --data.root DIR --split test
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nuciseg.cli import Parser, run_verb
+
+if TYPE_CHECKING:
+    from nuciseg.config import Config
+    from nuciseg.engine.evaluation import EvaluationResult
+    from nuciseg.metrics import Scores
+
+# torch and all that needs it are imported where they are used, so that --help answers at once.
+
+DESCRIPTION = """\
+Score a checkpoint on one split of a data set, beside trivial baselines.
+
+Prints the scores and writes to --out
+  scores.json         all figures, how they were averaged, and what they were obtained with
+  images.csv          one row for each image, worst first
+  contact_sheet.png   input, truth and prediction of up to 100 images, failures marked
+  overlays/           the same for every image, larger, worst first
+  labels/             the predicted labels, int32 TIFF
+"""
+SPLITS = ("test", "train", "validation")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, print, log. Raises NucisegError."""
+    args = _parser().parse_args(argv)
+
+    from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
+    from nuciseg.engine.evaluation import default_out, evaluate_checkpoint
+    from nuciseg.engine.precision import local_device
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    config = _with_flags(load_checkpoint(checkpoint).config, args)
+    out = args.out or default_out(checkpoint, args.split)
+    result = evaluate_checkpoint(checkpoint, config.data, args.split, out, device=local_device())
+    print_result(result)
+    log_result(result, config)
+
+
+def print_result(result: EvaluationResult) -> None:
+    """The scores as a table, one column for the network and one for each baseline, and what they come from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = {"network": result.scores, **result.baselines}
+    table = Table(title=f"{result.split}: {result.scores.images} images", title_justify="left")
+    table.add_column("score")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    figures = [_figures(scores) for scores in columns.values()]
+    for name in figures[0]:
+        table.add_row(name, *(each[name] for each in figures))
+    Console().print(table)
+    decode = ", ".join(f"{key} {value}" for key, value in result.target.config.decode.model_dump().items())
+    print("mean AP: over IoU .50 to .95; pooled: all nuclei together; per image: mean of the images' own APs")
+    print(f"checkpoint: {result.checkpoint} (epoch {result.epoch}, trained on split {result.split_hash})")
+    print(f"decoding:   {result.target.config.kind}, {decode}")
+    print(f"written to: {result.out}")
+
+
+def log_result(result: EvaluationResult, config: Config) -> None:
+    """Log summary and per-image table as a W&B run of job type evaluate, in the group of the run that was evaluated.
+
+    An evaluation repeated into the same folder goes on with the same W&B run. `config` is the run's, its tracking
+    section says where to. Raises ConfigError where W&B is demanded without a key.
+    """
+    from uuid import uuid4
+
+    from nuciseg.engine.evaluation import run_of
+    from nuciseg.tracking import RunIdentity, describe_run, open_tracker, read_identity
+
+    run_dir = run_of(result.checkpoint)
+    run = read_identity(run_dir)
+    run_name = run.name if run else run_dir.name
+    identity = read_identity(result.out) or RunIdentity(
+        id=f"evaluate-{uuid4().hex[:8]}",
+        name=f"evaluate {result.split} {run_name}",
+        group=run.group if run else run_name,
+        job_type="evaluate",
+        tags=(result.split,),
+    )
+    tracker = open_tracker(config.tracking, identity, result.out, config.model_dump(mode="json"))
+    tracker.log_image_scores(result.image_rows)
+    figures: dict[str, Any] = dict(result.scores.flat_summary())
+    for name, scores in result.baselines.items():
+        figures |= {f"{name}/{key}": value for key, value in scores.flat_summary().items()}
+    origin = {"split": result.split, "split_hash": result.split_hash, "checkpoint": str(result.checkpoint)}
+    tracker.log_summary(figures | origin)
+    tracker.finish(0)
+    if (result.out / "wandb").is_dir():
+        print(describe_run(result.out))
+
+
+def _figures(scores: Scores) -> dict[str, str]:
+    """The table's rows by name."""
+    flat = scores.flat_summary()
+    figures = {
+        "clusters separated": f"{scores.clusters_separated} of {scores.clusters}",
+        "nuclei found / true": f"{scores.num_predicted} / {scores.num_true}",
+    }
+    for average in ("pooled", "per_image"):
+        for key, name in (("ap50", "AP .5"), ("ap70", "AP .7"), ("ap90", "AP .9"), ("ap_mean", "mean AP")):
+            figures[f"{name} {average.replace('_', ' ')}"] = f"{flat[f'{key}_{average}']:.3f}"
+    return figures | {
+        "IoU of matched nuclei": f"{flat['mean_matched_iou']:.3f}",
+        "border Dice": f"{flat['border_dice']:.3f}",
+    }
+
+
+def _with_flags(config: Config, args: argparse.Namespace) -> Config:
+    """The checkpoint's configuration with the flags that were given. Another folder may have another layout."""
+    flags = {
+        "data.root": args.data_root and str(args.data_root),
+        "data.format": args.data_format or ("auto" if args.data_root else None),
+        "data.cache_dir": args.data_cache_dir and str(args.data_cache_dir),
+        "tracking.kind": args.tracking_kind,
+    }
+    return config.replaced({key: value for key, value in flags.items() if value is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "evaluate", DESCRIPTION, usage="%(prog)s --checkpoint PATH [--data.root DIR] [--split NAME] [--out DIR]"
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint", type=Path, required=True, metavar="PATH",
+        help="a run's folder (its best checkpoint is taken) or one checkpoint's (path, required)",
+    )  # fmt: skip
+    add(
+        "--split", choices=SPLITS, default="test",
+        help="images to score; train and validation: the two sides of the checkpoint's own split (default: test)",
+    )  # fmt: skip
+    add(
+        "--out", type=Path, metavar="DIR",
+        help="folder to write to (path, default: evaluation-SPLIT in the run's folder)",
+    )  # fmt: skip
+    add(
+        "--data.root", dest="data_root", type=Path, metavar="DIR",
+        help="folder of the data (path, default: what the checkpoint was trained on)",
+    )  # fmt: skip
+    add(
+        "--data.format", dest="data_format", metavar="NAME",
+        help="layout of the data: auto, nucleus, labels or synthetic (default: auto with --data.root, else the "
+        "checkpoint's)",
+    )  # fmt: skip
+    add(
+        "--data.cache_dir", dest="data_cache_dir", type=Path, metavar="DIR",
+        help="folder for decoded images (path, default: the checkpoint's)",
+    )  # fmt: skip
+    add(
+        "--tracking.kind", dest="tracking_kind", metavar="NAME",
+        help="where the scores are logged: auto, wandb, offline, jsonl or none (default: the checkpoint's)",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    run_verb(main)
