@@ -70,6 +70,38 @@ def dsb2018_root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: a U-Net of stride 8 that has seen drawn pairs of nuclei for a few seconds."""
+    from nuciseg.config import load_config
+    from nuciseg.engine.checkpoint import CheckpointStore
+    from nuciseg.engine.datasets import open_training_set
+    from nuciseg.engine.inference import Place
+    from nuciseg.engine.loop import train
+
+    drawn = {"num_train": 60, "num_test": 6, "mean_diameter_px": 24.0, "nuclei_per_cluster": [2, 2]}
+    settings = {
+        "data": {"synthetic": drawn, "crop_px": 64, "batch_size": 8, "num_loader_threads": 0},
+        "augment": {"enabled": False},
+        "model": {"depth": 3, "width": 8},
+        "optim": {"lr": 0.01},
+        "train": {"epochs": 8, "ema_decay": None},
+        "tracking": {"kind": "none"},
+    }
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    config = load_config(overrides=settings)
+    train(config, open_training_set(config, 8), Place(), CheckpointStore(run_dir), lambda report: None)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_run: Path) -> Path:
+    """The best checkpoint of `tiny_run`."""
+    from nuciseg.engine.checkpoint import find_checkpoint
+
+    return find_checkpoint(tiny_run)
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray instance on this machine for all tests that need one; starting one takes seconds."""
     import ray

@@ -1,0 +1,79 @@
+"""What the verbs share: wrong flags get a hint, errors a sentence and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nuciseg.cli import Parser, run_verb
+from nuciseg.config import add_config_flags
+from nuciseg.errors import CheckpointError, DataError, NonFiniteLossError
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("the folder is empty; fill it"), 2, "nuciseg: the folder is empty; fill it\n"),
+        (CheckpointError("truncated"), 2, "nuciseg: truncated\n"),
+        (NonFiniteLossError("the loss is NaN"), 1, "nuciseg: the loss is NaN\n"),
+        (KeyboardInterrupt(), 130, "nuciseg: interrupted; what was finished is kept\n"),
+    ],
+)
+def test_an_error_becomes_one_sentence_and_an_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_verb(raising(error))
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_verb(raising(ZeroDivisionError()))
+
+
+def test_success_exits_with_0() -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_verb(lambda: None)
+    assert exit_.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--optim.lrr", "1"], "unknown argument '--optim.lrr'; did you mean '--optim.lr'?"),
+        (["--nothing_like_it", "1"], "unknown argument '--nothing_like_it'"),
+        (["--optim.l", "1"], "did you mean '--optim.lr'?"),  # no abbreviations: they would break with a new key
+    ],
+)
+def test_an_unknown_flag_gets_the_nearest_one(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser("train", "what it does")
+    add_config_flags(parser)
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(arguments)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert hint in said
+    assert said.count("\n") == 1
+
+
+def test_a_wrong_value_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("evaluate", "what it does")
+    parser.add_argument("--split", choices=("test", "train"))
+    parser.add_argument("--out", type=Path)
+    with pytest.raises(SystemExit) as exit_:
+        parser.parse_args(["--split", "tset"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
