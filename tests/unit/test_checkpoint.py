@@ -271,7 +271,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_whole_one(small_disk: Path) -> 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot write checkpoint .*Not a directory"):
+    with pytest.raises(ResourceError, match=r"cannot write checkpoint .*Not a directory"):
         save_checkpoint(make_checkpoint(), tmp_path / "file" / "epoch-0001")
 
 

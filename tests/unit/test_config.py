@@ -1,0 +1,204 @@
+"""The configuration: where values come from, what is refused, and that it survives being written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from nuciseg.cli import Parser
+from nuciseg.config import (
+    Config,
+    add_config_flags,
+    config_from_args,
+    known_keys,
+    load_config,
+    merged,
+    nearest_key,
+    parse_config,
+    write_config,
+)
+from nuciseg.errors import ConfigError
+
+
+def from_command_line(*words: str, base: dict[str, Any] | None = None) -> Config:
+    parser = Parser("train", "what it does")
+    source = add_config_flags(parser)
+    return config_from_args(source, parser.parse_args(list(words)), base)
+
+
+def yaml_file(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ where values come from
+def test_nothing_given_is_the_defaults() -> None:
+    assert from_command_line() == load_config() == Config()
+
+
+def test_defaults_lose_to_yaml_and_yaml_loses_to_flags(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "optim: {lr: 0.5, weight_decay: 0.25}\nseed: 3\n")
+    config = from_command_line("--config", str(path), "--optim.lr", "0.125")
+    assert (config.optim.lr, config.optim.weight_decay, config.seed) == (0.125, 0.25, 3)
+    assert config.train == Config().train
+
+
+def test_a_verbs_own_base_loses_to_yaml(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "train: {epochs: 7}\n")
+    config = from_command_line("--config", str(path), base={"train": {"epochs": 2, "patience": 4}})
+    assert (config.train.epochs, config.train.patience) == (7, 4)
+
+
+def test_flags_take_none_booleans_lists_and_paths() -> None:
+    config = from_command_line(
+        "--train.clip_norm", "null", "--augment.enabled", "false", "--data.root", "some/folder",
+        "--tracking.tags", "[a,b]",
+    )  # fmt: skip
+    assert config.train.clip_norm is None
+    assert config.augment.enabled is False
+    assert config.data.root == Path("some/folder")
+    assert config.tracking.tags == ("a", "b")
+
+
+def test_the_environment_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED", "77")
+    monkeypatch.setenv("OPTIM", '{"lr": 0.77}')
+    assert from_command_line() == Config()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".1e-3", "0.0001", "1_0e-5"])
+def test_numbers_in_yaml_are_numbers_however_they_are_written(tmp_path: Path, text: str) -> None:
+    path = yaml_file(tmp_path, f"optim: {{lr: {text}}}\nsearch: {{space: {{optim.lr: {{loguniform: [{text}, 1]}}}}}}\n")
+    config = load_config(path)
+    assert config.optim.lr == 1e-4
+    assert config.search.space == {"optim.lr": {"loguniform": [1e-4, 1]}}
+
+
+def test_another_kind_starts_its_section_afresh(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "model: {kind: unet, depth: 5, width: 24}\n")
+    config = from_command_line("--config", str(path), "--model.kind", "timm", "--model.encoder", "resnet34")
+    assert config.model.kind == "timm"
+    assert config.model.encoder == "resnet34"
+    assert from_command_line("--config", str(path), "--model.width", "8").model.depth == 5, "the same kind keeps its keys"
+
+
+def test_another_optimizer_keeps_the_learning_rate() -> None:
+    """All optimizers have the same keys, so that a kind alone may be searched."""
+    config = Config().replaced({"optim.lr": 0.5}).replaced({"optim.kind": "sgd"})
+    assert (config.optim.kind, config.optim.lr) == ("sgd", 0.5)
+
+
+def test_merging_changes_neither_side() -> None:
+    weaker, stronger = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merged(weaker, stronger) == {"a": {"b": 1, "c": 2}}
+    assert (weaker, stronger) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+# ---------------------------------------------------------------------------------------------------- written and read
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--model.kind", "timm", "--model.encoder", "resnet34", "--optim.lr", "1.2345678901234567e-3"),
+        ("--target.kind", "full_border", "--loss.kind", "focal", "--train.patience", "3", "--data.root", "x"),
+        ("--model.kind", "baseline", "--schedule.kind", "one_cycle", "--train.clip_norm", "null"),
+    ],
+)
+def test_the_resolved_configuration_can_be_given_back(tmp_path: Path, words: tuple[str, ...]) -> None:
+    config = from_command_line(*words)
+    write_config(config, tmp_path / "config.yaml")
+    assert from_command_line("--config", str(tmp_path / "config.yaml")) == config
+    assert parse_config(yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_the_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().optim.lr = 3.0  # type: ignore[misc]
+
+
+def test_replaced_validates_the_whole() -> None:
+    config = Config().replaced({"optim.lr": 0.5, "model.depth": 2})
+    assert config.optim.lr == 0.5
+    assert Config().optim.lr != 0.5
+    with pytest.raises(ConfigError, match=r"train\.accumulate 99 is more than data\.batch_size"):
+        Config().replaced({"train.accumulate": 99})
+    with pytest.raises(ConfigError, match="'seed' is a value, not a section"):
+        Config().replaced({"seed.x": 1})
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        ("optimm: {lr: 1}", "unknown key 'optimm'; did you mean 'optim'?"),
+        ("batch_size: 4", "unknown key 'batch_size'; did you mean 'data.batch_size'?"),
+        ("model: {kind: unet, encoder: resnet18}", "unknown key 'model.encoder'"),
+        ("data: {batch_size: 0}", "data.batch_size is 0: input should be greater than or equal to 1"),
+        ("data: {batch_size: four}", "data.batch_size is 'four': "),
+        ("data: {crop_px: 100}", "data.crop_px is 100: "),
+        ("optim: {lr: .nan}", "optim.lr is nan: "),
+        ("train: {metric: cluster_scor}", "did you mean 'cluster_score'?"),
+        ("model: {kind: unett}", "model"),
+        ("run: {name: ../elsewhere}", "run.name is '../elsewhere': "),
+        ("seed: 1\ndata: [1, 2]", "data is [1, 2]: "),
+        ("- 1\n- 2", "a configuration is a mapping of sections, found list"),
+        ("seed: {", "not valid YAML"),
+        ("seed: 1\n\tx: 2", "line 2: not valid YAML"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = yaml_file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    sentence = str(caught.value)
+    assert message in sentence
+    assert str(path) in sentence
+    assert "\n" not in sentence
+
+
+def test_several_faults_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 more fault"):
+        load_config(yaml_file(tmp_path, "data: {batch_size: 0, crop_px: 1}"))
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), (b"\xff\xfe\x00", "not a text file")])
+def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        load_config(path)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_config(yaml_file(tmp_path, "# nothing yet\n")) == Config()
+
+
+def test_a_flag_out_of_range_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.batch_size is '?0'?: "):
+        from_command_line("--data.batch_size", "0")
+
+
+def test_keys_of_every_kind_are_known() -> None:
+    keys = set(known_keys())
+    assert {"seed", "optim.lr", "model.encoder", "model.depth", "target.decode.border_threshold"} <= keys
+    assert nearest_key("optim.learning_rat").startswith("; did you mean")
+    assert nearest_key("qqqqqqqq") == "; --help lists the keys"
+
+
+def test_help_shows_type_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("train", "what it does")
+    add_config_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--data.crop_px int longest side of a training crop, pixels (default: 192)" in said
+    for key in known_keys():
+        assert f"--{key}" in said, key
