@@ -10,12 +10,16 @@ from nuciseg.models.blocks import Decoder, check_size, conv_block, output_head
 from nuciseg.models.config import TimmConfig
 from nuciseg.models.encoders import Encoder
 
+# A multiple of 8: with the image's one channel joined as it is, all channels at full resolution were copied between
+# memory layouts in every step.
+_STEM_CHANNELS = 8
+
 
 class TimmUnet(nn.Module):
     """See `TimmConfig`. Images (B, C, H, W), H and W multiples of `stride`, to logits (B, K, H, W).
 
-    The first timm features have half the resolution or less, so the image itself joins the decoder at full
-    resolution: borders are one or two pixels wide.
+    The first timm features have half the resolution or less, so one convolution of the image joins the decoder at
+    full resolution: borders are one or two pixels wide.
     """
 
     def __init__(self, config: TimmConfig, in_channels: int, num_maps: int, load_weights: bool) -> None:
@@ -33,7 +37,8 @@ class TimmUnet(nn.Module):
             )
         self.dropout = nn.Dropout2d(config.dropout)
         widths = config.decoder_channels[len(config.decoder_channels) - num_doublings :]
-        self.decoder = Decoder({1: in_channels, **self.encoder.channels}, widths, config.decoder_convs, config.norm)
+        self.stem = None if 1 in self.encoder.channels else conv_block(in_channels, _STEM_CHANNELS, 1, config.norm)
+        self.decoder = Decoder({1: _STEM_CHANNELS, **self.encoder.channels}, widths, config.decoder_convs, config.norm)
         num_channels = self.decoder.out_channels
         self.head = nn.Sequential(
             conv_block(num_channels, num_channels, config.head_convs, config.norm), output_head(num_channels, num_maps)
@@ -43,6 +48,7 @@ class TimmUnet(nn.Module):
         check_size(images_BCHW, self.stride)
         features = self.encoder(images_BCHW)
         features[self.stride] = self.dropout(features[self.stride])
-        features.setdefault(1, images_BCHW)
+        if self.stem is not None:
+            features[1] = self.stem(images_BCHW)
         logits_BKHW: torch.Tensor = self.head(self.decoder(features))
         return logits_BKHW

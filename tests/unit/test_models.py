@@ -116,6 +116,24 @@ def test_stages_cut_the_encoder() -> None:
         build_model(TimmConfig(encoder="hrnet_w18_small", stages=3), 1, 1)
 
 
+def test_depthwise_convolutions_train_in_float32_under_autocast() -> None:
+    """Their backward in bf16 takes several times as long on a CPU."""
+    encoder = build_model(TimmConfig(encoder="mobilenetv3_small_050", stages=3), 1, 1).encoder
+    assert isinstance(encoder, nn.Module)
+    depthwise = [m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
+    dtypes = []
+    for module in depthwise:
+        module.register_forward_hook(lambda _, inputs, output: dtypes.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder(torch.rand(1, 1, 32, 32))
+        assert dtypes == [(torch.float32, torch.float32)] * len(depthwise) != []
+        assert {feature.dtype for feature in features.values()} == {torch.bfloat16}
+        dtypes.clear()
+        with torch.no_grad():  # forward alone is fast
+            encoder(torch.rand(1, 1, 32, 32))
+        assert dtypes[-1][1] == torch.bfloat16
+
+
 def test_encoder_with_features_at_full_resolution() -> None:
     config = TimmConfig(encoder="vgg11_bn", stages=2, decoder_channels=SMALL)
     assert build_model(config, 1, 1)(torch.rand(1, 1, 6, 4)).shape == (1, 1, 6, 4)
