@@ -3,7 +3,8 @@
 - `drawn_border`: the border drawn on the image (saturated pixels) is the answer; what it encloses are the nuclei. On
   the nucleus layout that is the cluster's outline alone: high pixel accuracy, and nothing separated.
 - `all_black`: no border and no nucleus.
-- `otsu_watershed`: Otsu's threshold (1979), then a watershed from the peaks of the distance to the background.
+- `otsu_watershed`: Otsu's threshold (1979), holes filled, then a watershed from the peaks of the distance to the
+  background.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Baseline = Callable[[Image, Target], tuple[Instances, Mask]]
 
 MIN_AREA_PX = 20  # of a nucleus; also drops the specks that are left within a drawn line
 LINE_DEPTH_PX = 8.0  # a nucleus takes half the drawn line; such lines reach 5.8 px where several meet
-PEAK_DISTANCE_PX = 7
+# Chosen on an eighth of gnovis/nucleus' train images and a fifth of the Data Science Bowl's.
+PEAK_DISTANCE_PX = 10
+SMOOTHING_PX = 2.0  # standard deviation
 
 
 def drawn_border(image_HW: Image, target: Target) -> tuple[Instances, Mask]:
@@ -42,7 +45,7 @@ def all_black(image_HW: Image, target: Target) -> tuple[Instances, Mask]:
 
 
 def otsu_watershed(image_HW: Image, target: Target) -> tuple[Instances, Mask]:
-    """Otsu's threshold, then a watershed on the distance transform from peaks at least `PEAK_DISTANCE_PX` apart.
+    """Otsu's threshold, holes filled, then a watershed on the distance transform from peaks `PEAK_DISTANCE_PX` apart.
 
     A drawn border is no intensity: saturated pixels count as foreground and do not move the threshold. The border
     mask is what `target` draws for the nuclei found.
@@ -51,11 +54,11 @@ def otsu_watershed(image_HW: Image, target: Target) -> tuple[Instances, Mask]:
     values = image_HW[~saturated_HW]
     if values.size == 0 or values.min() == values.max():  # no threshold divides one value
         return all_black(image_HW, target)
-    foreground_HW = saturated_HW | (image_HW > threshold_otsu(values))
+    foreground_HW = ndimage.binary_fill_holes(saturated_HW | (image_HW > threshold_otsu(values)))
     distance_HW = ndimage.distance_transform_edt(foreground_HW)
     regions_HW, _ = ndimage.label(foreground_HW)
     peaks_N2 = peak_local_max(
-        gaussian(distance_HW, 1.0), min_distance=PEAK_DISTANCE_PX, labels=regions_HW, exclude_border=False
+        gaussian(distance_HW, SMOOTHING_PX), min_distance=PEAK_DISTANCE_PX, labels=regions_HW, exclude_border=False
     )
     seeds_HW = np.zeros(image_HW.shape, np.int32)
     seeds_HW[tuple(peaks_N2.T)] = np.arange(1, len(peaks_N2) + 1)

@@ -28,8 +28,18 @@ from scipy.optimize import linear_sum_assignment
 IOU_PERCENTS: Final = tuple(range(50, 100, 5))  # integers, so that IoU >= t is decided exactly
 SHARE_UNIT: Final = 1 << 53
 METRIC_NAMES: Final = (
-    "cluster_score", "ap50_pooled", "ap50_per_image", "ap70_pooled", "ap70_per_image", "ap90_pooled", "ap90_per_image",
-    "ap_mean_pooled", "ap_mean_per_image", "mean_matched_iou", "border_iou", "border_dice",
+    "cluster_score",
+    "ap50_pooled",
+    "ap50_per_image",
+    "ap70_pooled",
+    "ap70_per_image",
+    "ap90_pooled",
+    "ap90_per_image",
+    "ap_mean_pooled",
+    "ap_mean_per_image",
+    "mean_matched_iou",
+    "border_iou",
+    "border_dice",
 )
 """Keys of `Scores.flat_summary` that trials and checkpoints can be ranked by; for all of them higher is better."""
 

@@ -9,6 +9,11 @@ Every target has two maps, "foreground" (inside any nucleus) and "border". They 
 Decoding must survive a border that does not close, the usual failure of such networks. Cutting the foreground along
 the thresholded border and taking connected regions joins two nuclei through a gap of one pixel. Here two parts are
 one nucleus only if the passage between them is wide compared with the parts: see `_separate`.
+
+Tried on true maps of gnovis/nucleus train, blurred, faded and with gaps, share of clusters separated (93 clusters,
+touching border; none / 10 % / 30 % / 60 % of the line erased): `gap_closing` 0.55: 1.00 / .99 / .91 / .68; closed
+borders only: .42 / 0 / 0 / 0. Not better: averaging distances over several border thresholds, weighing the pass
+with the mean border probability along it, and an absolute slack beside the share.
 """
 
 from __future__ import annotations
@@ -44,12 +49,21 @@ class DecodeConfig(Section):
         default=0.35, gt=0, lt=1, description="a pixel is border if its border probability reaches this"
     )
     gap_closing: float = Field(
-        default=0.55, ge=0, le=1,
+        default=0.55,
+        ge=0,
+        le=1,
         description="two parts are cut if the gap between them is narrower than this share of the narrower part's "
         "width; 0: only closed borders separate, 1: every constriction separates",
     )
     min_area_px: int = Field(
         default=20, ge=1, description="smaller parts join the neighbour they are most open to, or vanish, in pixels"
+    )
+    min_width_share: float = Field(
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="parts narrower than this share of a neighbour's width join it too: rims beyond an outline and "
+        "specks within a line are no nuclei; 0: all parts may be",
     )
 
 
@@ -62,11 +76,16 @@ class TouchingBorderConfig(Section):
 
 
 class FullBorderConfig(Section):
-    """Foreground, and the whole outline of every nucleus (the original study's solution)."""
+    """Foreground, and the whole outline of every nucleus (the original study's solution).
+
+    Of all widths, 4 px comes closest to the solutions of gnovis/nucleus (IoU 0.80 on every eighth of train).
+    """
 
     kind: Literal["full_border"] = "full_border"
     width_px: int = Field(
-        default=3, ge=1, le=31,
+        default=4,
+        ge=1,
+        le=31,
         description="width of the outline in pixels: inside the nucleus at its outer edge, both sides together "
         "between two nuclei",
     )
@@ -122,12 +141,15 @@ def decode_grid(
     """`config` itself, then the same target with other decode parameters, to choose among on validation maps."""
     alternatives = [
         DecodeConfig(
-            foreground_threshold=config.decode.foreground_threshold, border_threshold=border_threshold,
-            gap_closing=gap_closing, min_area_px=min_area_px,
+            foreground_threshold=config.decode.foreground_threshold,
+            border_threshold=border_threshold,
+            gap_closing=gap_closing,
+            min_area_px=config.decode.min_area_px,
+            min_width_share=min_width_share,
         )
         for border_threshold in (0.2, 0.35, 0.5)
         for gap_closing in (0.3, 0.45, 0.55, 0.65)
-        for min_area_px in (config.decode.min_area_px, 5 * config.decode.min_area_px)
+        for min_width_share in (0.0, 0.2)
     ]
     return [config] + [config.model_copy(update={"decode": d}) for d in alternatives if d != config.decode]
 
@@ -158,17 +180,19 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     hills is half as high as the gap in the border between them is wide. Hills are joined, highest pass first,
     where the pass reaches `gap_closing` of the lower summit: h-maxima of the logarithm of the distance
     (cf. Vincent 1993, "dynamics" of Grimaud 1992; scale-free, so it fits small and large nuclei alike).
-    Border pixels themselves have height 0 and go to the nucleus that reaches them first, so labels touch.
+    Border pixels themselves have height 0 and go to the nucleus that reaches them first, so labels touch. A piece of
+    foreground that is all border (a small nucleus under a wide outline) is a nucleus of its own.
     """
     inside_HW = foreground_HW >= config.foreground_threshold
     interior_HW = inside_HW & (border_HW < config.border_threshold)
     height_HW = cv2.distanceTransform(interior_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     summits_HW = interior_HW & (height_HW >= cv2.dilate(height_HW, np.ones((3, 3), np.uint8)))
-    num_seeds, seeds_HW = cv2.connectedComponents(summits_HW.astype(np.uint8), connectivity=8)
-    if num_seeds == 1:
-        return Instances(np.zeros(inside_HW.shape, np.int32), np.zeros(0, np.float32))
+    num_hills, seeds_HW = cv2.connectedComponents(summits_HW.astype(np.uint8), connectivity=8)
     hills_HW = watershed(-height_HW, seeds_HW, mask=inside_HW)
-    group_of = _join_hills(hills_HW, height_HW, num_seeds, config)
+    flat_HW = inside_HW & (hills_HW == 0)
+    num_flat, pieces_HW = cv2.connectedComponents(flat_HW.astype(np.uint8), connectivity=4)
+    hills_HW = np.where(flat_HW, num_hills - 1 + pieces_HW, hills_HW)
+    group_of = _join_hills(hills_HW, height_HW, num_hills - 1 + num_flat, config)
     labels_HW = group_of[hills_HW].astype(np.int32)
     return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
 
@@ -203,9 +227,7 @@ def _passes(regions_HW: LabelImage, height_HW: FloatImage) -> _Passes:
     return _Passes(pairs // num_regions, pairs % num_regions, height)
 
 
-def _join_hills(
-    hills_HW: LabelImage, height_HW: FloatImage, num_hills: int, config: DecodeConfig
-) -> NDArray[np.int64]:
+def _join_hills(hills_HW: LabelImage, height_HW: FloatImage, num_hills: int, config: DecodeConfig) -> NDArray[np.int64]:
     """Which nucleus (0 none, 1..N) each hill belongs to; `num_hills` counts the background as hill 0."""
     passes = _passes(hills_HW, height_HW)
     summit = np.zeros(num_hills)
@@ -225,7 +247,8 @@ def _join_hills(
             join(a, b)
     for i in highest_first:
         a, b = root[passes.first[i]], root[passes.second[i]]
-        if a != b and min(area_px[a], area_px[b]) < config.min_area_px:
+        lower, higher = sorted((summit[a], summit[b]))
+        if a != b and (min(area_px[a], area_px[b]) < config.min_area_px or lower < config.min_width_share * higher):
             join(a, b)
     kept = [hill for hill in np.unique(root[1:]) if area_px[hill] >= config.min_area_px]
     number = np.zeros(num_hills, np.int64)
