@@ -17,9 +17,10 @@ INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 class Parser(argparse.ArgumentParser):
     """argparse that names the nearest flag for one it does not know."""
 
-    def __init__(self, verb: str, description: str) -> None:
+    def __init__(self, verb: str, description: str, usage: str | None = None) -> None:
         super().__init__(
             prog=f"python -m nuciseg.{verb}",
+            usage=usage or "%(prog)s [--config FILE] [--section.key value ...]",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -72,8 +72,9 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
     from nuciseg.distributed.space import describe
 
     table = Table(title=f"{len(trials)} trials, ranked by validation {config.train.metric}")
-    for heading in ("rank", "trial", config.train.metric, "border Dice", "epochs", "train s", "settings"):
-        table.add_column(heading)
+    for heading in ("rank", "trial", "score", "border Dice", "epochs", "s"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("settings")
     for rank, trial in enumerate(trials, start=1):
         if trial.failure is None:
             figures = (f"{trial.score:.3f}", f"{trial.tie_break:.3f}", str(trial.epochs), f"{trial.seconds:.0f}")
@@ -95,6 +96,7 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     from nuciseg.distributed.search import winner
     from nuciseg.engine.checkpoint import CheckpointStore
     from nuciseg.errors import TrainingError
+    from nuciseg.evaluate import print_result
     from nuciseg.tracking import describe_run
 
     best = winner(trials, config)
@@ -105,7 +107,7 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     if with_final:
         print(f"\ntraining the winner for {best.train.epochs} epochs", flush=True)
         final_dir = train_final(best, folder, verbose=verbose)
-        evaluate_final(final_dir, best)
+        print_result(evaluate_final(final_dir, best))
     else:
         final_dir = folder / trials[0].id
     print(f"best checkpoint: {CheckpointStore(final_dir).best}")

@@ -27,6 +27,7 @@ def connect(verbose: bool) -> None:
 
     With a dashboard on the loopback address: Ray Train frees the places of stopped trials through it.
     """
+    quieten(verbose)
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -35,11 +36,6 @@ def connect(verbose: bool) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # results are polled with it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    if not verbose:
-        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-        os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         ray.init(
             include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
@@ -53,6 +49,15 @@ def connect(verbose: bool) -> None:
             f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')!r} ({error}); start it with `ray start`, "
             "or unset RAY_ADDRESS to use this machine"
         ) from None
+
+
+def quieten(verbose: bool) -> None:
+    """Keep what Ray says of itself out of the way."""
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith("ray."):
+                logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:

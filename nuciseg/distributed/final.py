@@ -10,7 +10,8 @@ from nuciseg.distributed.training import run_training
 from nuciseg.distributed.worker import Job
 from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.engine.datasets import format_of
-from nuciseg.engine.evaluation import evaluate_checkpoint, print_evaluation
+from nuciseg.engine.evaluation import EvaluationResult, SplitName, default_out, evaluate_checkpoint
+from nuciseg.engine.precision import local_device
 from nuciseg.tracking import RunIdentity
 
 
@@ -29,13 +30,12 @@ def train_final(config: Config, search_dir: Path, *, verbose: bool) -> Path:
     return run_dir
 
 
-def evaluate_final(run_dir: Path, config: Config) -> None:
-    """Score the run's best checkpoint on the test images, or on validation where there are none, and print it."""
+def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:
+    """Score the run's best checkpoint on the test images, or on validation where there are none."""
     best = CheckpointStore(run_dir).best
     assert best is not None  # it was just trained
-    split = "test" if _has_test_images(config.data) else "validation"
-    out = run_dir / f"evaluation-{split}"
-    print_evaluation(evaluate_checkpoint(best, None, split, out))
+    split: SplitName = "test" if _has_test_images(config.data) else "validation"
+    return evaluate_checkpoint(best, None, split, default_out(best, split), device=local_device())
 
 
 def _has_test_images(config: DataConfig) -> bool:

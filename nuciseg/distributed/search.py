@@ -23,7 +23,7 @@ from nuciseg.distributed.failures import forget_failure, note_failure, noted_fai
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.space import build_space, configure, describe
 from nuciseg.distributed.training import fit_workers, reported
-from nuciseg.distributed.worker import CONFIG_FILE, Job, best_score, run_worker
+from nuciseg.distributed.worker import CONFIG_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
@@ -245,7 +245,7 @@ def _scheduler(config: Config, space: Mapping[str, Any]) -> TrialScheduler:
     if search.scheduler == "asha":
         return ASHAScheduler(
             time_attr="epoch",
-            max_t=epochs,
+            max_t=epochs + 1,  # a trial that reaches its last epoch ends by itself, and in order
             grace_period=min(search.grace_epochs, epochs),
             reduction_factor=search.reduction_factor,
         )
@@ -288,6 +288,9 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
 def _fit(tuner: tune.Tuner, config: Config, folder: Path) -> list[Trial]:
     results = tuner.fit()
     trials = sorted((_trial(result, config, folder) for result in results), key=lambda t: t.rank, reverse=True)
+    for trial in trials:
+        if trial.failure is None:
+            conclude_stopped(_trial_job(trial.sample, _plan(config, folder, False), trial.id))
     write_json([asdict(trial) for trial in trials], folder / RESULTS_FILE)
     return trials
 

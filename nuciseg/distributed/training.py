@@ -13,7 +13,7 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
+from nuciseg.distributed.cluster import Need, connect, quieten, require_room, worker_need
 from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
@@ -27,6 +27,7 @@ def run_training(job: Job) -> None:
     One worker runs in this process: a second layer of actors would cost about 10 s and give nothing. Workers that
     die are started again, up to `run.max_failures` times. Raises NucisegError.
     """
+    quieten(job.verbose)
     scale = job.config.scale
     if scale.num_workers == 1:
         if scale.use_gpu and not torch.cuda.is_available():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nuciseg.config import Config, write_config
 from nuciseg.distributed.failures import batch_parts_factor, note_failure, noted_failure
@@ -23,6 +23,7 @@ from nuciseg.tracking import RunIdentity, Tracker, open_tracker
 
 CONFIG_FILE = "config.yaml"
 FINISHED_FILE = "finished.json"
+IMAGES_FILE = "validation_images.json"
 OVERLAY_EVERY_EPOCHS = 5
 
 
@@ -53,7 +54,7 @@ def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) ->
         raise
 
 
-def best_score(history: tuple[dict[str, float], ...] | Any, metric: str) -> float:
+def best_score(history: Sequence[Mapping[str, float]], metric: str) -> float:
     """The best validation score so far: what trials are ranked by, since the best checkpoint is what is kept."""
     return max(float(row[metric]) for row in history)
 
@@ -87,22 +88,13 @@ class _Diary:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         write_config(config, job.run_dir / CONFIG_FILE)
         data.split.write(job.run_dir / "split.json")
-        history = load_checkpoint(store.last).progress.history if store.last is not None else ()
-        self.tracker: Tracker = open_tracker(
-            config.tracking,
-            job.identity,
-            job.run_dir,
-            {**config.model_dump(mode="json"), "split_hash": data.split.hash},
-            history=history,
-            verbose=job.verbose,
-        )
-        self.best_images: tuple[ImageScores, ...] = ()
+        self.tracker = _open_tracker(job, config, store)
 
     def write(self, report: EpochReport) -> None:
         epoch = report.progress.epoch
         self.tracker.log_epoch(epoch, report.metrics)
         if report.is_best:
-            self.best_images = report.image_scores
+            self._write_images(report.image_scores)
         if epoch % OVERLAY_EVERY_EPOCHS == 0 or epoch == self.config.train.epochs:
             # A fixed panel: the same validation images each time.
             panel = self.data.split.validation[: self.config.tracking.num_overlays]
@@ -113,28 +105,52 @@ class _Diary:
             self.tracker.log_overlays(epoch, overlays)
 
     def conclude(self, place: Place) -> None:
-        """Choose the thresholds, score the best checkpoint, log it whole and mark the run as finished."""
+        """Choose the thresholds of the best checkpoint where that is wanted, log what is left to log."""
         best = self.store.best
         assert best is not None  # training has at least one epoch
-        network, checkpoint = load_network(best, place.device)
-        alone = Place(device=place.device)
-        validation = self.data.split.validation
         if self.config.train.calibrate:
+            network, checkpoint = load_network(best, place.device)
+            validation = self.data.split.validation
             target = calibrate(network, self.data.samples, validation, self.config.train.metric)
+            images = score_samples(load_network(best, place.device, target)[0], self.data.samples, validation)
             config = checkpoint.config.model_copy(update={"target": target})
-            images = score_samples(load_network(best, place.device, target)[0], self.data.samples, validation, alone)
             replace_config(best, config, Scores.total(images).flat_summary())
-        else:
-            images = list(self.best_images) or score_samples(network, self.data.samples, validation, alone)
-        summary = Scores.total(images).flat_summary()
+            self._write_images(images)
+        _conclude(self.job.run_dir, best, self.tracker)
+
+    def _write_images(self, images: Iterable[ImageScores]) -> None:
         shapes = dict(zip(self.data.samples.ids, self.data.samples.shapes, strict=True))
-        self.tracker.log_image_scores([image_row(scores, shapes[scores.id]) for scores in images])
-        self.tracker.log_checkpoint(best)
-        self.tracker.log_summary({f"best_{name}": value for name, value in summary.items()})
-        write_json(
-            {"checkpoint": best.name, "epoch": checkpoint.progress.epoch, "validation": summary},
-            self.job.run_dir / FINISHED_FILE,
-        )
+        write_json([image_row(scores, shapes[scores.id]) for scores in images], self.job.run_dir / IMAGES_FILE)
+
+
+def conclude_stopped(job: Job) -> None:
+    """Log to the end a run that a scheduler stopped: such a run is ended in the middle of its last report."""
+    store = CheckpointStore(job.run_dir)
+    if store.best is None or (job.run_dir / FINISHED_FILE).exists() or noted_failure(job.run_dir) is not None:
+        return
+    tracker = _open_tracker(job, job.config, store)
+    _conclude(job.run_dir, store.best, tracker)
+    tracker.finish(0)
+
+
+def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:
+    last = load_checkpoint(store.last) if store.last is not None else None
+    return open_tracker(
+        config.tracking,
+        job.identity,
+        job.run_dir,
+        config.model_dump(mode="json"),
+        history=last.progress.history if last is not None else (),
+        verbose=job.verbose,
+    )
+
+
+def _conclude(run_dir: Path, best: Path, tracker: Tracker) -> None:
+    scores = load_checkpoint(best).scores
+    tracker.log_image_scores(json.loads((run_dir / IMAGES_FILE).read_text(encoding="utf-8")))
+    tracker.log_checkpoint(best)
+    tracker.log_summary({f"best_{name}": value for name, value in scores.items()})
+    write_json({"checkpoint": best.name, "scores": dict(scores)}, run_dir / FINISHED_FILE)
 
 
 def _cut_smaller(config: Config, factor: int) -> Config:
