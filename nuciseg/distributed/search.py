@@ -57,8 +57,9 @@ class Trial:
     failure: str | None
 
     @property
-    def rank(self) -> tuple[float, float]:
-        return (self.score, self.tie_break)
+    def rank(self) -> tuple[bool, float, float]:
+        """Greater is better; what failed comes last."""
+        return (self.failure is None, self.score, self.tie_break)
 
 
 def check_search(config: Config) -> None:
