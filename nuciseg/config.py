@@ -45,9 +45,9 @@ def _one_of(name: str, known: Sequence[str]) -> str:
 class DataConfig(Section):
     """What is read, how it is split and cut."""
 
-    format: FormatName = Field("auto", description="layout of the data; auto: detected, synthetic where no root is given")
+    format: FormatName = Field("auto", description="layout; auto: detected, synthetic without a root")
     root: Path | None = Field(None, description="folder of the data; none: clusters are drawn")
-    cache_dir: Path | None = Field(None, description="decoded images, shared by all runs of a node; default: the user's cache")
+    cache_dir: Path | None = Field(None, description="decoded images; none: the user's cache folder")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the training images held out")
     split_seed: int = Field(0, ge=0, description="seed of the split into training and validation")
     crop_px: int = Field(192, ge=32, le=4096, multiple_of=32, description="longest side of a training crop, pixels")
@@ -68,7 +68,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile the network")
     ema_decay: float | None = Field(0.99, gt=0, lt=1, description="averaged weights, used by validation; none: off")
     metric: str = Field("cluster_score", description="validation score that ranks epochs; higher is better")
-    patience: int | None = Field(None, ge=1, description="epochs without a better score before the run stops; none: never")
+    patience: int | None = Field(None, ge=1, description="epochs without a better score before the end; none: all")
     calibrate: bool = Field(True, description="choose the decoding thresholds on validation after the last epoch")
 
     @field_validator("metric")
@@ -82,13 +82,13 @@ class ScaleConfig(Section):
 
     num_workers: int = Field(1, ge=1, description="data-parallel workers of a run (of each trial in a search)")
     use_gpu: bool | None = Field(None, description="one GPU a worker; none: where the cluster has GPUs")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs a worker; none: all for a run, 1 (GPU: 4) for a trial")
+    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs a worker; none: all, in a trial 1 (GPU: 4)")
 
 
 class RunConfig(Section):
     """Where a run keeps what it makes."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder's name; none: verb and time")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder; none: verb and time")
     storage_path: Path = Field(Path("runs"), description="folder of all runs; on a cluster one that all nodes share")
     max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
 
@@ -99,14 +99,14 @@ class SearchConfig(Section):
     space: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="dotted config key: {ray.tune sampler: arguments}"
     )
-    num_trials: int = Field(8, ge=1, description="trials; for the grid sampler: repeats of the grid")
-    max_hours: float | None = Field(None, gt=0, description="no trial starts or goes on after this time; none: no limit")
+    num_trials: int = Field(8, ge=1, description="trials; the grid sampler tries the whole grid instead")
+    max_hours: float | None = Field(None, gt=0, description="the search ends after this time; none: no limit")
     trial_epochs: int | None = Field(None, ge=1, description="epochs of a trial; none: train.epochs")
     sampler: Literal["random", "grid", "optuna"] = Field("optuna", description="how configurations are drawn")
     scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="which trials go on")
-    grace_epochs: int = Field(2, ge=1, description="ASHA: epochs before a trial may be stopped; PBT: epochs between steps")
+    grace_epochs: int = Field(2, ge=1, description="epochs before ASHA may stop a trial, or between PBT's steps")
     reduction_factor: int = Field(3, ge=2, description="ASHA: one of so many trials goes on at each rung")
-    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as the cluster has room for")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; none: as many as fit")
     final: bool = Field(True, description="train the winner to the end and evaluate it")
 
 

@@ -23,7 +23,13 @@ from nuciseg.section import Section
 from nuciseg.tracking_wandb import Mode, RunIdentity, WandbRun, configured_mode, open_run
 
 __all__ = [
-    "RunIdentity", "Tracker", "TrackingConfig", "describe_run", "open_tracker", "read_identity", "read_metrics",
+    "RunIdentity",
+    "Tracker",
+    "TrackingConfig",
+    "describe_run",
+    "open_tracker",
+    "read_identity",
+    "read_metrics",
     "sync_command",
 ]
 
@@ -153,8 +159,10 @@ def open_tracker(
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(run_dir / METRICS_FILE)
         mode = _wandb_mode(config, verbose)
-        wandb_run = None if mode is None else open_run(
-            mode, config.project, config.entity, config.tags, identity, run_dir, resolved_config, verbose
+        wandb_run = (
+            None
+            if mode is None
+            else open_run(mode, config.project, config.entity, config.tags, identity, run_dir, resolved_config, verbose)
         )
         _write_identity(run_dir, identity, wandb_run.url if wandb_run else None)
         tracker = RunTracker(run_dir, identity, wandb_run)
@@ -253,8 +261,12 @@ def _saved(run_dir: Path) -> dict[str, Any] | None:
 
 def _write_identity(run_dir: Path, identity: RunIdentity, url: str | None) -> None:
     saved = {
-        "id": identity.id, "name": identity.name, "group": identity.group, "job_type": identity.job_type,
-        "tags": list(identity.tags), "url": url,
+        "id": identity.id,
+        "name": identity.name,
+        "group": identity.group,
+        "job_type": identity.job_type,
+        "tags": list(identity.tags),
+        "url": url,
     }
     temporary = run_dir / f"{IDENTITY_FILE}.tmp"
     temporary.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

@@ -157,8 +157,9 @@ class WandbRun:
         except _failures(self._wandb) as error:
             if not self._warned:
                 self._warned = True
-                log.warning("W&B failed (%s: %s): training goes on, metrics.jsonl has it all", type(error).__name__,
-                            error)
+                log.warning(
+                    "W&B failed (%s: %s): training goes on, metrics.jsonl has it all", type(error).__name__, error
+                )
 
     def _log_row(self, row: Mapping[str, Any]) -> None:
         self._run.log(dict(row), step=self._next_step, commit=True)
@@ -209,8 +210,11 @@ class WandbRun:
                 self._run.finish(exit_code=exit_code)
         except TimeoutError:
             folder = Path(self._run.settings.sync_file).parent
-            log.warning("W&B took longer than %.0f s; send the rest with: wandb sync --include-online %s",
-                        FINISH_TIMEOUT_S, shlex.quote(str(folder)))
+            log.warning(
+                "W&B took longer than %.0f s; send the rest with: wandb sync --include-online %s",
+                FINISH_TIMEOUT_S,
+                shlex.quote(str(folder)),
+            )
         # `finish` returns before the last rows are on disk and the id is free; the end of the service waits for both.
         if self._wandb.setup().most_recent_active_run is None:
             with self._guard():
@@ -224,14 +228,24 @@ def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
     from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
 
     return (
-        wandb.errors.Error, MailboxClosedError, HandleAbandonedError, ServerResponseError,
-        WandbServiceConnectionError, ConnectionError,
+        wandb.errors.Error,
+        MailboxClosedError,
+        HandleAbandonedError,
+        ServerResponseError,
+        WandbServiceConnectionError,
+        ConnectionError,
     )
 
 
 def open_run(
-    mode: Mode, project: str, entity: str | None, tags: Sequence[str], identity: RunIdentity, folder: Path,
-    config: Mapping[str, Any], verbose: bool = False,
+    mode: Mode,
+    project: str,
+    entity: str | None,
+    tags: Sequence[str],
+    identity: RunIdentity,
+    folder: Path,
+    config: Mapping[str, Any],
+    verbose: bool = False,
 ) -> WandbRun | None:
     """Start (or go on with) the run `identity.id` in `folder/wandb`.
 
@@ -243,10 +257,20 @@ def open_run(
 
     def start(mode: Mode) -> WandbRun:
         run = wandb.init(
-            project=project, entity=entity, id=identity.id, name=identity.name, group=identity.group,
-            job_type=identity.job_type, tags=[tag[:MAX_TAG_LENGTH] for tag in (*tags, *identity.tags)],
-            config=dict(config), dir=str(folder), mode=mode, resume="allow", reinit="create_new",
-            allow_val_change=True, settings=_settings(wandb, verbose),
+            project=project,
+            entity=entity,
+            id=identity.id,
+            name=identity.name,
+            group=identity.group,
+            job_type=identity.job_type,
+            tags=[tag[:MAX_TAG_LENGTH] for tag in (*tags, *identity.tags)],
+            config=dict(config),
+            dir=str(folder),
+            mode=mode,
+            resume="allow",
+            reinit="create_new",
+            allow_val_change=True,
+            settings=_settings(wandb, verbose),
         )
         return WandbRun(wandb, run, mode, folder)
 
@@ -359,5 +383,3 @@ def _log_records(data: bytes) -> Iterator[bytes]:
         record = chunk if kind in (1, 2) else record + chunk
         if kind in (1, 4):
             yield record
-
-

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"search folder: {folder}\n{describe_disk_need(config)}", flush=True)
         trials = start_search(config, folder, verbose=args.verbose)
     _print_trials(trials, config)
-    _print_conclusion(trials, config, folder, with_final=config.search.final and not args.no_final, verbose=args.verbose)
+    with_final = config.search.final and not args.no_final
+    _print_conclusion(trials, config, folder, with_final=with_final, verbose=args.verbose)
 
 
 def _print_trials(trials: Sequence[Trial], config: Config) -> None:
@@ -76,11 +77,9 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("settings")
     for rank, trial in enumerate(trials, start=1):
-        if trial.failure is None:
-            figures = (f"{trial.score:.3f}", f"{trial.tie_break:.3f}", str(trial.epochs), f"{trial.seconds:.0f}")
-            table.add_row(str(rank), trial.id, *figures, describe(trial.sample))
-        else:
-            table.add_row("-", trial.id, "failed", "", str(trial.epochs), f"{trial.seconds:.0f}", describe(trial.sample))
+        scores = (f"{trial.score:.3f}", f"{trial.tie_break:.3f}") if trial.failure is None else ("failed", "")
+        spent = (str(trial.epochs), f"{trial.seconds:.0f}")
+        table.add_row(str(rank), trial.id, *scores, *spent, describe(trial.sample))
     Console().print(table)
     failed = [trial for trial in trials if trial.failure is not None]
     if failed:
@@ -89,7 +88,9 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
             print(f"  {trial.id}: {trial.failure}")
 
 
-def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, with_final: bool, verbose: bool) -> None:
+def _print_conclusion(
+    trials: Sequence[Trial], config: Config, folder: Path, *, with_final: bool, verbose: bool
+) -> None:
     import yaml
 
     from nuciseg.distributed.final import evaluate_final, train_final

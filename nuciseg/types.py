@@ -74,7 +74,9 @@ class Batch:
     def slice(self, start: int, stop: int) -> Batch:
         """Images `start` to `stop`, for gradient accumulation."""
         return Batch(
-            self.images_BCHW[start:stop], self.targets_BKHW[start:stop], self.valid_BHW[start:stop],
+            self.images_BCHW[start:stop],
+            self.targets_BKHW[start:stop],
+            self.valid_BHW[start:stop],
             self.ids[start:stop],
         )
 

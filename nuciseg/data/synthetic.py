@@ -342,4 +342,3 @@ def _planned(config: SyntheticConfig) -> Iterator[tuple[SplitName, str, np.rando
     for split in SPLITS:
         for index in range(num_samples(config, split)):
             yield split, f"drawn_{index:05d}", cluster_seed(config, split, index)
-

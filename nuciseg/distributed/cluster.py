@@ -61,7 +61,7 @@ def quieten(verbose: bool) -> None:
 
 
 def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:
-    """CPUs and GPUs of one worker on the connected cluster. Raises ResourceError where it has no GPU but one is wanted."""
+    """CPUs and GPUs of one worker on the connected cluster; raises ResourceError where a GPU is wanted in vain."""
     total = ray.cluster_resources()
     cluster_gpus = int(total.get("GPU", 0))
     if scale.use_gpu and not cluster_gpus:

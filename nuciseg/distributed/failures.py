@@ -6,13 +6,12 @@ restarted workers find the note and stop at once, and whoever waits for the run 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
-
-import json
 
 _FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"

@@ -50,7 +50,9 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show(trial, "running", "-", "started")
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         progress = f"{int(result['epoch'])}/{self.epochs}"
         self._show(trial, "running", progress, f"{self.metric} {result[self.metric]:.3f} (best {result['score']:.3f})")
 

@@ -37,7 +37,9 @@ def new_run_dir(config: Config, default_name: str) -> Path:
 def resumed_config(folder: Path, flags: Mapping[str, Any], config_file: Path | None) -> Config:
     """The configuration of the run in `folder`, ready to go on. Raises ConfigError where there is none."""
     if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(f"--resume {folder}: no run there (it has no {CONFIG_FILE}); give the folder that was printed")
+        raise ConfigError(
+            f"--resume {folder}: no run there (it has no {CONFIG_FILE}); give the folder that was printed"
+        )
     refuse_other_settings(flags, config_file)
     forget_failure(folder)
     return load_config(folder / CONFIG_FILE)
@@ -68,6 +70,8 @@ def train_identity(config: Config, run_dir: Path) -> RunIdentity:
 def describe_disk_need(config: Config) -> str:
     """One line: what the checkpoints of a run take at most, and what is free."""
     need_mb = disk_need_bytes(count_parameters(config)) / 1e6
-    existing = next(path for path in (config.run.storage_path, *config.run.storage_path.resolve().parents) if path.exists())
+    existing = next(
+        path for path in (config.run.storage_path, *config.run.storage_path.resolve().parents) if path.exists()
+    )
     free_mb = shutil.disk_usage(existing).free / 1e6
-    return f"disk: at most {need_mb:.0f} MB of checkpoints a run (best, last and the one being written), {free_mb:.0f} MB free"
+    return f"disk: at most {need_mb:.0f} MB of checkpoints a run (best, last, the next one), {free_mb:.0f} MB free"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def read_search_config(folder: Path) -> Config:
     return config
 
 
-def winner(trials: list[Trial], base: Config) -> Config | None:
+def winner(trials: Sequence[Trial], base: Config) -> Config | None:
     """The best trial's configuration with the search's own `train.epochs`, or None where every trial failed."""
     best = next((trial for trial in trials if trial.failure is None and trial.epochs > 0), None)
     return configure(base, best.sample) if best is not None else None
@@ -160,7 +160,7 @@ def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
         _run_alone(job, plan)  # the batch is cut into twice as many parts now
 
 
-def _trial_job(sample: dict[str, Any], plan: Plan, trial_id: str) -> Job:
+def _trial_job(sample: Mapping[str, Any], plan: Plan, trial_id: str) -> Job:
     epochs = plan.base.search.trial_epochs or plan.base.train.epochs
     config = configure(plan.base, {**sample, "train.epochs": epochs, "train.calibrate": False})
     identity = RunIdentity(
@@ -225,9 +225,13 @@ def _search_space(config: Config) -> dict[str, Any]:
     if config.search.sampler == "grid":
         free = [key for key, line in config.search.space.items() if not {"grid_search", "choice"} & set(line)]
         if free:
-            raise ConfigError(f"search.space.{free[0]}: the grid sampler needs `choice`; or set search.sampler to random")
-        return {key: tune.grid_search(line.categories) if hasattr(line, "categories") else line
-                for key, line in space.items()}
+            raise ConfigError(
+                f"search.space.{free[0]}: the grid sampler needs `choice`; or set search.sampler to random"
+            )
+        return {
+            key: tune.grid_search(line.categories) if hasattr(line, "categories") else line
+            for key, line in space.items()
+        }
     if gridded and config.search.sampler == "optuna":
         raise ConfigError(f"search.space.{gridded[0]}: the optuna sampler takes `choice`, not `grid_search`")
     return space

@@ -20,8 +20,18 @@ from nuciseg.config import Config, known_keys, nearest_key
 from nuciseg.errors import ConfigError
 
 _SAMPLERS = (
-    "uniform", "quniform", "loguniform", "qloguniform", "randn", "qrandn", "randint", "qrandint", "lograndint",
-    "qlograndint", "choice", "grid_search",
+    "uniform",
+    "quniform",
+    "loguniform",
+    "qloguniform",
+    "randn",
+    "qrandn",
+    "randint",
+    "qrandint",
+    "lograndint",
+    "qlograndint",
+    "choice",
+    "grid_search",
 )
 _WITH_BOUNDS = tuple(name for name in _SAMPLERS if "uniform" in name or "randint" in name)
 _SECTION_MARK = "section:"  # a choice between sections travels as text: samplers keep only plain values
@@ -92,7 +102,7 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
 def _check(config: Config, key: str, value: Any) -> None:
     """Refuse a value that no configuration can have. A key of another kind of section is checked with the trial."""
     section = key.split(".")[0]
-    if f"{section}.kind" in config.search.space or section in config.search.space and key != section:
+    if f"{section}.kind" in config.search.space or (section in config.search.space and key != section):
         return
     try:
         config.replaced({key: value})
@@ -110,5 +120,5 @@ def _plain(value: Any) -> Any:
 
 def _value(drawn: Any) -> Any:
     if isinstance(drawn, str) and drawn.startswith(_SECTION_MARK):
-        return json.loads(drawn[len(_SECTION_MARK):])
+        return json.loads(drawn[len(_SECTION_MARK) :])
     return drawn.item() if hasattr(drawn, "item") else drawn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -34,9 +33,7 @@ def run_training(job: Job) -> None:
             raise _no_gpu()
         if scale.cpus_per_worker is not None:
             torch.set_num_threads(scale.cpus_per_worker)
-        trainer = TorchTrainer(
-            train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0)
-        )
+        trainer = TorchTrainer(train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0))
         _fit_with_one_retry(trainer.fit, job)
         return
     connect(job.verbose)

@@ -27,7 +27,7 @@ class TrainingSet:
 
     @property
     def in_channels(self) -> int:
-        return self.samples[0].image_HWC.shape[2]
+        return int(self.samples[0].image_HWC.shape[2])
 
 
 def open_samples(config: DataConfig, split: str) -> CachedSamples:

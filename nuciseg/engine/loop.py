@@ -83,7 +83,7 @@ class Trainer:
         """Train one epoch, validate, keep a checkpoint. Every worker calls this at the same time."""
         epoch = self.progress.epoch + 1
         torch.manual_seed(_mixed_seed(self.config.seed, epoch, self.place.rank))
-        training = self._train_epoch(epoch)
+        training = self.train_epoch(epoch)
         self._same_buffers_everywhere()
         start = time.perf_counter()
         network = self._validated_network()
@@ -106,7 +106,8 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """The training half of `run_epoch`: one pass over the images; every loss term per image, and rates."""
         model, device = self.network.model, self.place.device
         model.train()
         sums: dict[str, torch.Tensor] = {}
@@ -114,9 +115,7 @@ class Trainer:
         start = wait_start = time.perf_counter()
         for loaded in self.loader.epoch(epoch):
             wait_s += time.perf_counter() - wait_start
-            rate = learning_rate_at(
-                self.config.schedule, self.config.optim.lr, self.progress.step, self.num_steps
-            )
+            rate = learning_rate_at(self.config.schedule, self.config.optim.lr, self.progress.step, self.num_steps)
             set_learning_rate(self.optimizer, rate)
             batch = loaded.batch
             if batch is not None:
@@ -131,7 +130,10 @@ class Trainer:
         self._sum_over_workers(sums)
         result = {f"train_{name}": float(value) / num_images for name, value in sums.items()}
         return {
-            **result, "learning_rate": rate, "images_per_s": num_images / seconds, "data_wait_share": wait_s / seconds,
+            **result,
+            "learning_rate": rate,
+            "images_per_s": num_images / seconds,
+            "data_wait_share": wait_s / seconds,
             "train_s": seconds,
         }
 
@@ -210,8 +212,8 @@ class Trainer:
     def _compiled(self, model: nn.Module) -> nn.Module:
         if not self.config.train.compile:
             return model
-        compiled: nn.Module = torch.compile(model)
-        return compiled
+        model.compile()
+        return model
 
     def _synced_only_if(self, last_part: bool) -> contextlib.AbstractContextManager[object]:
         if self.parallel is None or last_part:
@@ -265,7 +267,9 @@ class Trainer:
                 f"{folder} was trained on split {checkpoint.split_hash}, the data now gives {self.data.split.hash}: "
                 "the images or data.validation_fraction or data.split_seed changed; start a new run"
             )
-        tensors = {part: {} for part in ("model", "optimizer", "averaged", "scaler")}
+        tensors: dict[str, dict[str, torch.Tensor]] = {
+            part: {} for part in ("model", "optimizer", "averaged", "scaler")
+        }
         for name, tensor in checkpoint.training.items():
             part, key = name.split(".", 1)
             tensors[part][key] = tensor

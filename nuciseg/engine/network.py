@@ -57,9 +57,7 @@ def _outline(config: Config) -> nn.Module:
         return build_model(config.model, 1, len(build_target(config.target).map_names), load_weights=False)
 
 
-def load_network(
-    folder: Path, device: torch.device, target: TargetConfig | None = None
-) -> tuple[Network, Checkpoint]:
+def load_network(folder: Path, device: torch.device, target: TargetConfig | None = None) -> tuple[Network, Checkpoint]:
     """The network of a checkpoint, ready to predict; `target` replaces how it is decoded. Raises CheckpointError.
 
     One that was trained in fp16 predicts on a CPU in what that computes fastest: its weights are fp32 either way.

@@ -40,6 +40,11 @@ class Encoder(nn.Module):
         own_channels = in_channels if channel_policy == "averaged" else _ENCODER_CHANNELS
         self.adapter = _adapter(in_channels, channel_policy)
         self.network = _build_network(name, stages, own_channels, pretrained if load_weights else None)
+        for module in self.network.modules():
+            # Some encoders (EfficientNet) keep 99 % of the running statistics a step, made for runs of 100 000 steps.
+            # Here a run has a few hundred, and validation would normalise with what is left of the beginning.
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = max(module.momentum or 0.0, 0.1)
         _wrap_depthwise(self.network)
         self.channels: dict[int, int] = dict(
             zip(self.network.feature_info.reduction(), self.network.feature_info.channels(), strict=True)
