@@ -58,8 +58,12 @@ def _read(path: Path) -> OfflineRun:
         if kind == "run":
             run = record.run
             result.run = {
-                "id": run.run_id, "name": run.display_name, "project": run.project, "group": run.run_group,
-                "job_type": run.job_type, "tags": list(run.tags),
+                "id": run.run_id,
+                "name": run.display_name,
+                "project": run.project,
+                "group": run.run_group,
+                "job_type": run.job_type,
+                "tags": list(run.tags),
             }
             result.config.update(_items(run.config.update))
         elif kind == "config":
@@ -72,10 +76,14 @@ def _read(path: Path) -> OfflineRun:
             result.step_metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "artifact":
             artifact = record.artifact
-            result.artifacts.append({
-                "name": artifact.name, "type": artifact.type, "aliases": list(artifact.aliases),
-                "files": {entry.path: entry.local_path for entry in artifact.manifest.contents},
-            })
+            result.artifacts.append(
+                {
+                    "name": artifact.name,
+                    "type": artifact.type,
+                    "aliases": list(artifact.aliases),
+                    "files": {entry.path: entry.local_path for entry in artifact.manifest.contents},
+                }
+            )
         elif kind == "exit":
             result.exit_code = record.exit.exit_code
     return result

@@ -248,7 +248,7 @@ def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Ten
         size = path.stat().st_size
         if expected_bytes is not None and size != expected_bytes:
             raise CheckpointError(
-                f"{path} is truncated ({size} of {expected_bytes} bytes); use the run's other checkpoint or copy it again"
+                f"{path} is truncated ({size} of {expected_bytes} bytes); take the run's other one or copy it again"
             )
         return load_file(path)
     except OSError as error:

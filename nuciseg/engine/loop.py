@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -163,7 +164,7 @@ class Trainer:
         parts = min(self.config.train.accumulate, len(batch))
         bounds = [round(len(batch) * part / parts) for part in range(parts + 1)]
         sums: dict[str, torch.Tensor] = {}
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             part = batch.slice(start, stop)
             with self._synced_only_if(stop == len(batch)):
                 with self.network.precision.autocast():
@@ -200,7 +201,7 @@ class Trainer:
         terms = ", ".join(f"{name} {float(value):.4g}" for name, value in sums.items())
         raise NonFiniteLossError(
             f"the loss is not finite in step {self.progress.step} at learning rate {rate:.3g} "
-            f"({terms}; gradient norm {float(norm):.4g}); lower optim.lr, or set train.clip_norm or train.precision fp32"
+            f"({terms}; gradient norm {float(norm):.4g}); lower optim.lr, set train.clip_norm, or train.precision fp32"
         )
 
     def _data_parallel(self) -> DistributedDataParallel | None:

@@ -83,12 +83,15 @@ def test_every_part_alone_changes_the_image(part: str) -> None:
     value = AugmentConfig.model_fields[part].default
     plain = Augmenter(AugmentConfig(**NOTHING))
     augment = Augmenter(AugmentConfig(**{**NOTHING, part: value, "probability": 1}))
-    changed = [not np.allclose(augment(nuclei(), 128, s).image_SSC, plain(nuclei(), 128, s).image_SSC, atol=1e-4)
-               for s in range(8)]
+    changed = [
+        not np.allclose(augment(nuclei(), 128, s).image_SSC, plain(nuclei(), 128, s).image_SSC, atol=1e-4)
+        for s in range(8)
+    ]
     assert any(changed)
     if part not in ("flips", "rotation_deg", "scale", "elastic_px"):
-        assert all(np.array_equal(augment(nuclei(), 128, s).labels_SS, plain(nuclei(), 128, s).labels_SS)
-                   for s in range(3))
+        assert all(
+            np.array_equal(augment(nuclei(), 128, s).labels_SS, plain(nuclei(), 128, s).labels_SS) for s in range(3)
+        )
 
 
 def test_background_and_drawn_border_stay_exact() -> None:
@@ -134,8 +137,9 @@ def test_a_crop_has_nuclei_in_it_and_lies_inside_the_image() -> None:
 
 
 def test_turning_is_spread_evenly_and_not_tied_to_the_values() -> None:
-    augment = Augmenter(AugmentConfig(**{**GEOMETRY, "flips": False, "scale": 0, "elastic_px": 0, "brightness": 0.15},
-                                      probability=1))
+    augment = Augmenter(
+        AugmentConfig(**{**GEOMETRY, "flips": False, "scale": 0, "elastic_px": 0, "brightness": 0.15}, probability=1)
+    )
     ys, xs = np.mgrid[:128, :128]
     angles, brightness = [], []
     for seed in range(150):

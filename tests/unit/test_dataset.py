@@ -133,8 +133,12 @@ def test_plan_depends_on_seed_and_epoch() -> None:
 
 # ------------------------------------------------------------------------------------------------------ loading
 def epoch_images(loaded: list[LoadedBatch]) -> dict[str, torch.Tensor]:
-    return {name: image for part in loaded if part.batch for name, image in zip(part.batch.ids, part.batch.images_BCHW,
-                                                                               strict=True)}
+    return {
+        name: image
+        for part in loaded
+        if part.batch
+        for name, image in zip(part.batch.ids, part.batch.images_BCHW, strict=True)
+    }
 
 
 def test_any_number_of_workers_and_threads_sees_the_same_images() -> None:
@@ -166,8 +170,11 @@ def test_epochs_differ_and_can_begin_in_the_middle() -> None:
     with TrainingLoader(data, 4, num_threads=1) as loader:
         first, second = list(loader.epoch(0)), list(loader.epoch(1))
         rest = list(loader.epoch(0, start_batch=2))
-    assert any(not torch.equal(image, epoch_images(second)[name]) for name, image in epoch_images(first).items()
-               if image.shape == epoch_images(second)[name].shape)
+    assert any(
+        not torch.equal(image, epoch_images(second)[name])
+        for name, image in epoch_images(first).items()
+        if image.shape == epoch_images(second)[name].shape
+    )
     assert len(rest) == 1
     assert rest[0].batch is not None
     assert first[2].batch is not None
@@ -182,7 +189,10 @@ def test_batch_types_and_padding() -> None:
     assert batch.images_BCHW.shape == (2, 1, 128, 128)
     assert batch.targets_BKHW.shape == (2, 1, 128, 128)
     assert (batch.images_BCHW.dtype, batch.targets_BKHW.dtype, batch.valid_BHW.dtype) == (
-        torch.float32, torch.float32, torch.bool)
+        torch.float32,
+        torch.float32,
+        torch.bool,
+    )
     small = batch.ids.index("image0")
     assert not batch.valid_BHW[small, :32].any()  # beyond its own canvas of 64 px
     assert batch.valid_BHW[small].any()
@@ -193,8 +203,9 @@ def test_batch_types_and_padding() -> None:
 
 
 def test_an_exception_of_a_thread_reaches_the_caller() -> None:
-    with TrainingLoader(training_data(Store(sizes(12), broken=5)), 4, num_threads=2) as loader, pytest.raises(
-        OSError, match="unreadable"
+    with (
+        TrainingLoader(training_data(Store(sizes(12), broken=5)), 4, num_threads=2) as loader,
+        pytest.raises(OSError, match="unreadable"),
     ):
         list(loader.epoch(0))
 

@@ -56,9 +56,9 @@ def test_stretch_takes_any_image(dtype: type, shape: tuple[int, ...]) -> None:
     assert stretch(np.full(shape, 7, dtype)).shape == (30, 20, 3)
 
 
-def test_overlay_outlines_each_nucleus_in_its_colour_and_leaves_the_rest(cluster: tuple[np.ndarray, np.ndarray]) -> (
-    None
-):
+def test_overlay_outlines_each_nucleus_in_its_colour_and_leaves_the_rest(
+    cluster: tuple[np.ndarray, np.ndarray],
+) -> None:
     image_HW, labels_HW = cluster
     rgb = overlay_rgb(image_HW, labels_HW, fill=0.0, dim=1.0)
     assert (rgb[5, 5:29] == COLORS[0]).all()

@@ -114,14 +114,17 @@ def test_each_setting_of_shape_has_its_effect() -> None:
 
     def contact_px(sample: Sample) -> float:
         labels = sample.labels_HW
-        return sum(int(((a != b) & (a > 0) & (b > 0)).sum()) for a, b in
-                   ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])))
+        return sum(
+            int(((a != b) & (a > 0) & (b > 0)).sum())
+            for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1]))
+        )
 
     def roundness(sample: Sample) -> float:
         shares = []
         for label in range(1, sample.labels_HW.max() + 1):
-            contour = cv2.findContours((sample.labels_HW == label).astype(np.uint8), cv2.RETR_EXTERNAL,
-                                       cv2.CHAIN_APPROX_NONE)[0][0]
+            contour = cv2.findContours(
+                (sample.labels_HW == label).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
+            )[0][0]
             shares.append(4 * np.pi * cv2.contourArea(contour) / cv2.arcLength(contour, True) ** 2)
         return float(np.mean(shares))
 

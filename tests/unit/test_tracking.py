@@ -61,9 +61,9 @@ LOOP = """
 """
 
 
-def _run_loop(run_dir: Path, *arguments: object, prefix: tuple[str, ...] = (), **environment: str) -> (
-    subprocess.CompletedProcess[str]
-):
+def _run_loop(
+    run_dir: Path, *arguments: object, prefix: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-c", textwrap.dedent(LOOP), str(run_dir), *map(str, arguments)]
     env = {**os.environ, "HOME": str(run_dir.parent), **environment}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -93,7 +93,11 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OfflineRun]
 def test_without_a_key_the_run_is_kept_offline_with_its_identity(offline: tuple[Path, OfflineRun]) -> None:
     run_dir, run = offline
     assert run.run == {
-        "id": "search-0007", "name": "unet bce lr 1e-3", "project": "study", "group": "search", "job_type": "tune",
+        "id": "search-0007",
+        "name": "unet bce lr 1e-3",
+        "project": "study",
+        "group": "search",
+        "job_type": "tune",
         "tags": ["mine", "unet", "synthetic"],
     }
     assert run.config["optim"] == {"lr": 1e-3}
@@ -151,8 +155,12 @@ def test_sync_command_names_folders_that_exist(offline: tuple[Path, OfflineRun],
     command = sync_command(search)
     assert command is not None
     dry_run = subprocess.run(
-        command.replace("wandb sync", f"{Path(sys.executable).parent}/wandb sync --dry-run"), shell=True,
-        capture_output=True, text=True, check=True, env={**os.environ, "WANDB_SILENT": "false"},
+        command.replace("wandb sync", f"{Path(sys.executable).parent}/wandb sync --dry-run"),
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "WANDB_SILENT": "false"},
     )
     assert "2 run(s)" in dry_run.stdout + dry_run.stderr
     assert sync_command(tmp_path / "nothing") is None
@@ -246,7 +254,9 @@ def test_offline_no_process_touches_the_network(tmp_path: Path) -> None:
 def test_wandb_is_not_imported_where_it_is_not_used(tmp_path: Path) -> None:
     code = textwrap.dedent(LOOP) + "\nassert 'wandb' not in sys.modules\n"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run"), "1", "2", "end", "jsonl"], capture_output=True, text=True,
+        [sys.executable, "-c", code, str(tmp_path / "run"), "1", "2", "end", "jsonl"],
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
