@@ -36,7 +36,7 @@ class UnetConfig(Section):
 class TimmConfig(Section):
     """U-Net decoder on an encoder of the timm library (https://github.com/huggingface/pytorch-image-models).
 
-    With pretrained weights, the network's input is clipped to 0..`input_maximum`, divided by it, and then normalised
+    With pretrained weights, the network's input is stretched from `input_range` to 0..1, clipped, and then normalised
     as the weights were trained. Without, the encoder sees the image as it comes.
     """
 
@@ -75,12 +75,10 @@ class TimmConfig(Section):
         "the other channels 0, 'learned' mixes channels by a trained 1x1 convolution that starts as 'copy', 'averaged' "
         "changes the first convolution to the image's channels, its kernels summed.",
     )
-    input_maximum: float = Field(
-        default=1.5,
-        gt=0,
-        le=100,
-        description="With pretrained weights: the value of the normalised image that becomes white. Nuclei reach about "
-        "1, a drawn border more.",
+    input_range: tuple[float, float] = Field(
+        (-0.5, 1.5),
+        description="With pretrained weights: the values of the normalised image that become black and white. Nuclei lie "
+        "in 0 to 1, zeroed background below, a drawn border above.",
     )
 
     @field_validator("encoder")

@@ -19,7 +19,7 @@ _ENCODER_CHANNELS = 3
 class Encoder(nn.Module):
     """Features of images (B, C, H, W) by their stride, each (B, channels[stride], H/stride, W/stride).
 
-    With `pretrained`, values are clipped to 0..`input_maximum`, divided by it, and normalised as the weights
+    With `pretrained`, values from `input_range` are stretched to 0..1, others clipped, and normalised as the weights
     were trained.
     """
 
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         in_channels: int,
         channel_policy: ChannelPolicy,
         pretrained: str | None,
-        input_maximum: float,
+        input_range: tuple[float, float],
         load_weights: bool,
     ) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         )
         self.is_channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         self._probe(name, own_channels)
-        self.input_maximum = input_maximum if pretrained else None
+        self.input_range = input_range if pretrained else None
         if pretrained:
             expected = input_normalization(name, pretrained)
             mean, std = torch.tensor(expected.mean), torch.tensor(expected.std)
@@ -99,10 +99,11 @@ class Encoder(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor) -> dict[int, torch.Tensor]:
         x = images_BCHW
-        if self.input_maximum is not None:
-            x = x.clamp(0, self.input_maximum) / self.input_maximum
+        if self.input_range is not None:
+            low, high = self.input_range
+            x = (x.clamp(low, high) - low) / (high - low)
         x = self.adapter(x)
-        if self.input_maximum is not None:
+        if self.input_range is not None:
             x = (x - self.input_mean) / self.input_std
         return self._features(x)
 

@@ -25,7 +25,7 @@ class TimmUnet(nn.Module):
     def __init__(self, config: TimmConfig, in_channels: int, num_maps: int, load_weights: bool) -> None:
         super().__init__()
         self.encoder = Encoder(
-            config.encoder, config.stages, in_channels, config.channel_policy, config.pretrained, config.input_maximum,
+            config.encoder, config.stages, in_channels, config.channel_policy, config.pretrained, config.input_range,
             load_weights,
         )  # fmt: skip
         self.stride = max(self.encoder.channels)

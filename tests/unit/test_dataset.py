@@ -79,16 +79,18 @@ def test_bounds_are_percentiles_of_what_is_neither_zero_nor_saturated(dtype: typ
     assert normalized.dtype == np.float32
     assert normalized.shape == image.shape
     np.testing.assert_allclose(normalized[20:80, 20:80], (inside - low) / (high - low), atol=1e-5)
-    assert normalized[0, 0, 0] < -0.3
+    assert normalized[0, 0, 0] == -1
     if dtype is not np.float32:
-        assert normalized[18, 0, 0] > 2
+        assert normalized[18, 0, 0] == 3
+        plain = normalize(image, NormalizationConfig(ignore_extremes=False))
+        assert plain[0, 0, 0] == 0
         assert normalization_bounds(image, NormalizationConfig(ignore_extremes=False))[0] == 0
 
 
-@pytest.mark.parametrize("value", [0, 7, 255])
-def test_a_constant_image_becomes_zero(value: int) -> None:
+@pytest.mark.parametrize(("value", "expected"), [(0, -1), (7, 0)])
+def test_a_constant_image_becomes_constant(value: int, expected: float) -> None:
     for dtype in (np.uint8, np.uint16, np.float32):
-        assert (normalize(np.full((20, 20, 1), value, dtype), NormalizationConfig()) == 0).all()
+        assert (normalize(np.full((20, 20, 1), value, dtype), NormalizationConfig()) == expected).all()
 
 
 def test_a_binary_image_uses_all_its_pixels() -> None:

@@ -167,14 +167,14 @@ class TestPackageWeights:
     @pytest.mark.parametrize("policy", ["copy", "averaged"])
     def test_encoder_sees_what_the_weights_were_trained_on(self, policy: Any) -> None:
         config = TimmConfig(
-            encoder="tf_efficientnet_lite0", pretrained="package", channel_policy=policy, input_maximum=1.5
+            encoder="tf_efficientnet_lite0", pretrained="package", channel_policy=policy, input_range=(-0.5, 1.5)
         )
         encoder = build_model(config, 1, 1).eval().encoder
         assert isinstance(encoder, nn.Module)
-        image = torch.rand(1, 1, 64, 64) * 3 - 0.5  # beyond both ends
+        image = torch.rand(1, 1, 64, 64) * 4 - 1.5  # beyond both ends
         network = import_timm().create_model("tf_efficientnet_lite0", features_only=True).eval()
         network.load_state_dict(read_weights("tf_efficientnet_lite0", "package"), strict=False)
-        grey = (image.clamp(0, 1.5) / 1.5 * 255).repeat(1, 3, 1, 1)
+        grey = ((image.clamp(-0.5, 1.5) + 0.5) / 2 * 255).repeat(1, 3, 1, 1)
         expected = network((grey - 127) / 128)
         features = encoder(image)
         assert list(features) == [2, 4, 8, 16]
