@@ -102,6 +102,7 @@ class Target:
     config: TouchingBorderConfig | FullBorderConfig
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
+    typical_shares: tuple[float, ...] = (0.5, 0.05)  # of the pixels, by map: where a fresh network starts
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W), 0 or 1, that a perfect network would answer with; all 0 where labels are negative.
@@ -185,7 +186,7 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     """
     inside_HW = foreground_HW >= config.foreground_threshold
     interior_HW = inside_HW & (border_HW < config.border_threshold)
-    height_HW = cv2.distanceTransform(interior_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    height_HW = _distance_to_zero(interior_HW)
     summits_HW = interior_HW & (height_HW >= cv2.dilate(height_HW, np.ones((3, 3), np.uint8)))
     num_hills, seeds_HW = cv2.connectedComponents(summits_HW.astype(np.uint8), connectivity=8)
     hills_HW = watershed(-height_HW, seeds_HW, mask=inside_HW)
@@ -195,6 +196,16 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     group_of = _join_hills(hills_HW, height_HW, num_hills - 1 + num_flat, config)
     labels_HW = group_of[hills_HW].astype(np.int32)
     return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
+
+
+def _distance_to_zero(mask_HW: Mask) -> FloatImage:
+    """Euclidean distance in pixels of each pixel to the nearest one that is False, to the same last bit each time.
+
+    OpenCV's answer for the same mask differs in its last bit with the place of the array in memory, which moves
+    borders between equally near nuclei. The squares are whole numbers, so rounding them gives the exact distance.
+    """
+    approximate_HW = cv2.distanceTransform(mask_HW.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(np.sqrt(np.rint(approximate_HW.astype(np.float64) ** 2)), np.float32)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nuciseg.config import Config
 from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
 from nuciseg.engine.precision import Precision, choose_precision
 from nuciseg.errors import CheckpointError
-from nuciseg.models import build_model
+from nuciseg.models import build_model, set_initial_probabilities
 from nuciseg.targets import Target, TargetConfig, build_target
 
 
@@ -36,6 +36,7 @@ def build_network(config: Config, in_channels: int, device: torch.device, *, loa
     """A fresh network on `device`; without `load_pretrained` its weights are to be replaced by a checkpoint's."""
     target = build_target(config.target)
     model = build_model(config.model, in_channels, len(target.map_names), load_weights=load_pretrained).to(device)
+    set_initial_probabilities(model, target.typical_shares)
     precision = choose_precision(config.train, device)
     if precision.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
