@@ -262,7 +262,14 @@ def config_from_args(
     flags = source(parsed_args=args)()
     config_path: Path | None = args.config
     values = merged(merged(_defaults(), base or {}), read_yaml(config_path) if config_path else {})
-    return parse_config(merged(values, flags), source=str(config_path) if config_path else "flags")
+    config = parse_config(merged(values, flags), source=str(config_path) if config_path else "flags")
+    return _with_whole_paths(config)
+
+
+def _with_whole_paths(config: Config) -> Config:
+    """Workers and resumed runs may have another working folder than the command had."""
+    paths = {key: config.value(key) for key in ("data.root", "data.cache_dir")}
+    return config.replaced({key: str(Path(path).resolve()) for key, path in paths.items() if path is not None})
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -24,12 +24,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.distributed.training import run_training
     from nuciseg.distributed.worker import Job
     from nuciseg.engine.checkpoint import CheckpointStore
+    from nuciseg.engine.datasets import check_data
     from nuciseg.tracking import describe_run
 
     if args.resume is not None:
         config, run_dir = resumed_config(args.resume, flags(parsed_args=args)(), args.config), args.resume
     else:
         config = config_from_args(flags, args)
+        check_data(config)
         run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"run folder: {run_dir}\n{describe_disk_need(config)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nuciseg.distributed.runs import describe_disk_need, new_run_dir, refuse_other_settings
     from nuciseg.distributed.search import check_search, resume_search, start_search
+    from nuciseg.engine.datasets import check_data
 
     if args.resume is not None:
         refuse_other_settings(flags(parsed_args=args)(), args.config)
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.no_final:
             config = config.replaced({"search.final": False})
         check_search(config)
+        check_data(config)
         folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"search folder: {folder}\n{describe_disk_need(config)}", flush=True)
         trials = start_search(config, folder, verbose=args.verbose)

@@ -36,6 +36,7 @@ def connect(verbose: bool) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # results are polled with it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
     try:
         ray.init(
             include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
@@ -52,12 +53,12 @@ def connect(verbose: bool) -> None:
 
 
 def quieten(verbose: bool) -> None:
-    """Keep what Ray says of itself out of the way."""
+    """Keep what Ray says of itself out of the way; why a trial failed stands in our own table."""
     if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         for name in list(logging.root.manager.loggerDict):
             if name.startswith("ray."):
-                logging.getLogger(name).setLevel(logging.ERROR)
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:

@@ -57,14 +57,17 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         self._show(trial, "running", progress, f"{self.metric} {result[self.metric]:.3f} (best {result['score']:.3f})")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        failure = noted_failure(self.folder / trial.trial_id)
+        if failure is not None:
+            self._show(trial, "failed", "-", str(failure))
+            return
         last = trial.last_result or {}
         epoch = int(last.get("epoch", 0))
         status = "done" if epoch >= self.epochs else "stopped"
         self._show(trial, status, f"{epoch}/{self.epochs}", f"best {last.get('score', float('nan')):.3f}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        reason = noted_failure(self.folder / trial.trial_id)
-        self._show(trial, "failed", "-", str(reason) if reason else "its process died; the last table says why")
+        self._show(trial, "died", "-", "its process ended; it is started again, or the last table says why")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         if self.live is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,15 @@ from nuciseg.distributed.worker import CONFIG_FILE, Job, best_score, conclude_st
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import ConfigError, NucisegError, OutOfMemoryError, ResourceError
+from nuciseg.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NucisegError,
+    OutOfMemoryError,
+    ResourceError,
+    TrainingError,
+)
 from nuciseg.tracking import RunIdentity
 
 RESULTS_FILE = "results.json"
@@ -135,6 +144,12 @@ def winner(trials: Sequence[Trial], base: Config) -> Config | None:
 
 
 def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
+    """One trial. What trying again cannot mend stands noted in its folder; raised, it would be tried again."""
+    with contextlib.suppress(ConfigError, DataError, CheckpointError, TrainingError):
+        _attempt(sample, plan)
+
+
+def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None  # this runs in a trial
     run_dir = plan.folder / trial_id

@@ -12,6 +12,7 @@ from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData
 from nuciseg.data.formats import detect_format, get_format, synthetic
 from nuciseg.data.splits import Split, split_records
+from nuciseg.engine.network import stride_of
 from nuciseg.errors import DataError
 from nuciseg.targets import build_target
 from nuciseg.types import Record, Sample
@@ -59,6 +60,11 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
         multiple=max(stride, 32),
     )
     return TrainingSet(samples, split, training_data)
+
+
+def check_data(config: Config) -> None:
+    """Decode all training images into the cache; raises DataError before anything else is begun."""
+    open_training_set(config, stride_of(config))
 
 
 def refuse_smaller_than(stride: int, samples: SampleStore) -> None:
