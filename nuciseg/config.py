@@ -77,6 +77,14 @@ class TrainConfig(Section):
         return _one_of(metric, METRIC_NAMES)
 
 
+class InferenceConfig(Section):
+    """How a finished network is asked; validation after each epoch asks once."""
+
+    num_views: Literal[1, 2, 4, 8] = Field(
+        1, description="turned and mirrored copies of an image whose probabilities are averaged"
+    )
+
+
 class ScaleConfig(Section):
     """Workers and what each has."""
 
@@ -122,6 +130,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    inference: InferenceConfig = InferenceConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -23,7 +23,7 @@ INSTALL_COMMANDS = [
     line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()
 ]
 EXAMPLES = re.findall(r"`(python -m nuciseg[^`]*)`", README)
-SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_processes 0"
+SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_threads 0"
 SHORT_SEARCH = f"{SHORT_TRAINING} --search.num_trials 1"
 
 

@@ -103,8 +103,27 @@ def predict_instances(
 
 @torch.inference_mode()
 def _forward(network: Network, batch: Batch) -> NDArray[np.float32]:
-    batch = batch.to(network.precision.device, network.precision.channels_last)
-    with network.precision.autocast():
-        logits_BKHW = network.model(batch.images_BCHW)
-    probabilities: NDArray[np.float32] = logits_BKHW.float().sigmoid().cpu().numpy()
+    batch = batch.to(network.precision.device)
+    views = [_turned(batch.images_BCHW, view) for view in range(network.num_views)]
+    found = [_turned_back(_probabilities(network, images_BCHW), view) for view, images_BCHW in enumerate(views)]
+    probabilities: NDArray[np.float32] = torch.stack(found).mean(dim=0).cpu().numpy()
     return probabilities
+
+
+def _probabilities(network: Network, images_BCHW: torch.Tensor) -> torch.Tensor:
+    if network.precision.channels_last:
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    with network.precision.autocast():
+        logits_BKHW: torch.Tensor = network.model(images_BCHW)
+    return logits_BKHW.float().sigmoid()
+
+
+def _turned(images_BCHW: torch.Tensor, view: int) -> torch.Tensor:
+    """Of 8 views the first 4 are quarter turns, the others the same mirrored; 0 is the image itself."""
+    turned = torch.rot90(images_BCHW, view % 4, (2, 3))
+    return turned.flip(3) if view >= 4 else turned
+
+
+def _turned_back(maps_BKHW: torch.Tensor, view: int) -> torch.Tensor:
+    maps_BKHW = maps_BKHW.flip(3) if view >= 4 else maps_BKHW
+    return torch.rot90(maps_BKHW, -(view % 4), (2, 3))

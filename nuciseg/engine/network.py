@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Network:
     config: Config
     precision: Precision
     in_channels: int
+    num_views: int = 1  # turned and mirrored copies of an image whose probabilities are averaged
 
     @property
     def stride(self) -> int:
@@ -73,4 +74,4 @@ def load_network(folder: Path, device: torch.device, target: TargetConfig | None
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit the configuration beside them ({error})") from None
     network.model.eval()
-    return network, checkpoint
+    return replace(network, num_views=config.inference.num_views), checkpoint

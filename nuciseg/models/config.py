@@ -77,8 +77,8 @@ class TimmConfig(Section):
     )
     input_range: tuple[float, float] = Field(
         (-0.5, 1.5),
-        description="With pretrained weights: the values of the normalised image that become black and white. Nuclei lie "
-        "in 0 to 1, zeroed background below, a drawn border above.",
+        description="With pretrained weights: the values of the normalised image that become black and white. Nuclei "
+        "lie in 0 to 1, zeroed background below, a drawn border above.",
     )
 
     @field_validator("encoder")
