@@ -14,7 +14,7 @@ from nuciseg.types import Instances, Sample
 
 
 @dataclass(frozen=True)
-class _OneImage:
+class OneImage:
     """A `SampleStore` of one image without labels."""
 
     id: str
@@ -38,7 +38,7 @@ def predict_image(network: Network, image_HW: NDArray[np.generic], name: str) ->
     By itself, so that the answer does not depend on which other images are asked for, as the padding of a batch
     would make it. Raises DataError, which calls the image `name`, where a side is shorter than the stride.
     """
-    image = _OneImage(name, Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
+    image = OneImage(name, Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
     refuse_smaller_than(network.stride, image)
     ((_, instances),) = predict_instances(network, image, [0])
     return instances

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from nuciseg.engine.inference import (
     score_samples,
 )
 from nuciseg.engine.network import Network, load_network
-from nuciseg.engine.prediction import predict_image
+from nuciseg.engine.prediction import OneImage, predict_image
 from nuciseg.errors import DataError
 from nuciseg.metrics import Scores
+from nuciseg.types import Sample
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,20 @@ def test_smaller_than_the_stride_is_refused(network: Network, shape: tuple[int, 
         DataError, match=rf"'small\.png' has {shape[0]}x{shape[1]} pixels, the network needs at least 8"
     ):
         predict_image(network, grey(*shape), "small.png")
+
+
+@pytest.mark.parametrize(("num_views", "turn_matters"), [(1, True), (4, False), (8, False)])
+def test_turned_views_make_the_answer_independent_of_the_orientation(
+    network: Network, num_views: int, turn_matters: bool
+) -> None:
+    network = replace(network, num_views=num_views)
+    image_HW = grey(64, 96)
+    upright = _maps(network, image_HW)
+    turned_back = np.rot90(_maps(network, np.ascontiguousarray(np.rot90(image_HW))), -1, (1, 2))
+    assert (np.abs(upright - turned_back).max() > 1e-4) == turn_matters
+
+
+def _maps(network: Network, image_HW: NDArray[np.uint8]) -> NDArray[np.float32]:
+    image = OneImage("x", Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
+    ((found, _),) = predict_instances(network, image, [0])
+    return found.maps_KHW
