@@ -233,11 +233,15 @@ def disk_need_bytes(num_parameters: int) -> int:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON to `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON to `path` whole or not at all; raises ResourceError where there is no space or no permission."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(_why_not_written(error, path)) from error
 
 
 _HOW_TO_NAME_ONE = "give a run's folder, or a folder under its checkpoints/"
@@ -270,8 +274,8 @@ def _why_not_written(error: Exception, folder: Path) -> str:
         parent = next(p for p in folder.parents if p.exists())
         free_mb = shutil.disk_usage(parent).free / 1e6
         return (
-            f"no space left for checkpoint {folder} ({free_mb:.1f} MB free); the checkpoints before it are whole: "
+            f"no space left for {folder} ({free_mb:.1f} MB free); the checkpoints before it are whole: "
             "free space or set run.storage_path elsewhere, then --resume"
         )
     reason = os.strerror(number) if number is not None else str(error)
-    return f"cannot write checkpoint {folder}: {reason}; set run.storage_path to a folder you may write to"
+    return f"cannot write {folder}: {reason}; set run.storage_path to a folder you may write to"

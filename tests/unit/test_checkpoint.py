@@ -25,6 +25,7 @@ from nuciseg.engine.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    write_json,
 )
 from nuciseg.engine.network import load_network
 from nuciseg.errors import CheckpointError, ResourceError
@@ -230,7 +231,7 @@ def save_and_expect_no_space(store: CheckpointStore) -> None:
         sentence = str(error)
     else:
         pytest.fail("no ResourceError")
-    assert "no space left for checkpoint" in sentence
+    assert "no space left for " in sentence
     assert "MB free" in sentence
     assert "\n" not in sentence
     assert store.last is not None
@@ -271,7 +272,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_whole_one(small_disk: Path) -> 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match=r"cannot write checkpoint .*Not a directory"):
+    with pytest.raises(ResourceError, match=r"cannot write .*Not a directory"):
         save_checkpoint(make_checkpoint(), tmp_path / "file" / "epoch-0001")
 
 
@@ -289,3 +290,9 @@ def test_no_checkpoint_is_told(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=message):
         find_checkpoint(tmp_path / name)
+
+
+def test_json_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"cannot write .*Not a directory"):
+        write_json({}, tmp_path / "file" / "value.json")
