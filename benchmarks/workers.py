@@ -37,7 +37,9 @@ def main() -> None:
                 score, rate = train(args.root, args.epochs, seed, num_workers, Path(folder))
                 scores[num_workers].append(score)
                 rates[num_workers].append(rate)
-                print(f"seed {seed}, {num_workers} worker(s): cluster score {score:.4f}, {rate:.2f} steps/s", flush=True)
+                print(
+                    f"seed {seed}, {num_workers} worker(s): cluster score {score:.4f}, {rate:.2f} steps/s", flush=True
+                )
     difference = abs(statistics.mean(scores[2]) - statistics.mean(scores[1]))
     spread = max(max(each) - min(each) for each in scores.values())
     result = {

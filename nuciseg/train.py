@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nuciseg.distributed.progress import followed
     from nuciseg.distributed.runs import describe_disk_need, new_run_dir, resumed_config, train_identity
-    from nuciseg.distributed.training import run_training
+    from nuciseg.distributed.training import check_room, run_training
     from nuciseg.distributed.worker import Job
     from nuciseg.engine.checkpoint import CheckpointStore
     from nuciseg.engine.datasets import check_data
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         config = config_from_args(flags, args)
         check_data(config)
+        check_room(config, verbose=args.verbose)
         run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"run folder: {run_dir}\n{describe_disk_need(config)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)

@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = config_from_args(flags, args, base)
         if args.no_final:
             config = config.replaced({"search.final": False})
-        check_search(config)
         check_data(config)
+        check_search(config, verbose=args.verbose)
         folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"search folder: {folder}\n{describe_disk_need(config)}", flush=True)
         trials = start_search(config, folder, verbose=args.verbose)

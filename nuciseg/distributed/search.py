@@ -71,9 +71,11 @@ class Trial:
         return (self.failure is None, self.score, self.tie_break)
 
 
-def check_search(config: Config) -> None:
-    """Raise ConfigError for a search that cannot be run, before a folder is made or Ray started."""
+def check_search(config: Config, *, verbose: bool) -> None:
+    """Raise ConfigError or ResourceError for a search that cannot be run, before a folder is made for it."""
     _scheduler(config, _search_space(config))
+    connect(verbose)
+    _concurrent_trials(config, worker_need(config.scale, for_trial=True))
 
 
 def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
@@ -99,7 +101,7 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
         ),
         run_config=_run_config(config, folder, concurrent),
     )
-    return _fit(tuner, config, folder)
+    return _fit(tuner, plan)
 
 
 def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
@@ -112,7 +114,7 @@ def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
     if not tune.Tuner.can_restore(str(folder)):
         return config, start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
     for run_dir in folder.iterdir():
-        if isinstance(noted_failure(run_dir), ResourceError):
+        if run_dir.is_dir() and isinstance(noted_failure(run_dir), ResourceError):
             forget_failure(run_dir)
     tuner = tune.Tuner.restore(
         str(folder),
@@ -121,7 +123,7 @@ def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
         resume_unfinished=True,
         restart_errored=True,
     )
-    return config, _fit(tuner, config, folder)
+    return config, _fit(tuner, plan)
 
 
 def read_search_config(folder: Path) -> Config:
@@ -305,13 +307,13 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
 # --- the result ------------------------------------------------------------------------------------------------------
 
 
-def _fit(tuner: tune.Tuner, config: Config, folder: Path) -> list[Trial]:
+def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
     results = tuner.fit()
-    trials = sorted((_trial(result, config, folder) for result in results), key=lambda t: t.rank, reverse=True)
+    trials = sorted((_trial(each, plan.base, plan.folder) for each in results), key=lambda t: t.rank, reverse=True)
     for trial in trials:
         if trial.failure is None:
-            conclude_stopped(_trial_job(trial.sample, _plan(config, folder, False), trial.id))
-    write_json([asdict(trial) for trial in trials], folder / RESULTS_FILE)
+            conclude_stopped(_trial_job(trial.sample, plan, trial.id))
+    write_json([asdict(trial) for trial in trials], plan.folder / RESULTS_FILE)
     return trials
 
 

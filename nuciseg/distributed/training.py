@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from nuciseg.config import Config, ScaleConfig
 from nuciseg.distributed.cluster import Need, connect, quieten, require_room, worker_need
 from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.worker import Job, best_score, run_worker
@@ -20,17 +22,26 @@ from nuciseg.engine.loop import EpochReport
 from nuciseg.errors import NucisegError, OutOfMemoryError, ResourceError, TrainingError
 
 
+def check_room(config: Config, *, verbose: bool) -> None:
+    """Raise ResourceError where the machine or cluster lacks what `config.scale` asks for."""
+    scale = config.scale
+    if scale.num_workers > 1 or _gpu_is_elsewhere(scale, verbose):
+        connect(verbose)
+        require_room(scale.num_workers, worker_need(scale, for_trial=False))
+    elif scale.use_gpu and not torch.cuda.is_available():
+        raise ResourceError("scale.use_gpu is true but this machine has no GPU that torch can use; set it to false")
+
+
 def run_training(job: Job) -> None:
     """Train `job` to the end on `scale.num_workers` workers, from the last checkpoint in its folder.
 
-    One worker runs in this process: a second layer of actors would cost about 10 s and give nothing. Workers that
-    die are started again, up to `run.max_failures` times. Raises NucisegError.
+    One worker runs in this process: a second layer of actors would cost about 10 s and give nothing (unless the
+    cluster's GPUs are on other machines). Workers that die are started again, up to `run.max_failures` times.
+    Raises NucisegError.
     """
     quieten(job.verbose)
     scale = job.config.scale
-    if scale.num_workers == 1:
-        if scale.use_gpu and not torch.cuda.is_available():
-            raise _no_gpu()
+    if scale.num_workers == 1 and not _gpu_is_elsewhere(scale, job.verbose):
         if scale.cpus_per_worker is not None:
             torch.set_num_threads(scale.cpus_per_worker)
         trainer = TorchTrainer(train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0))
@@ -40,6 +51,15 @@ def run_training(job: Job) -> None:
     need = worker_need(scale, for_trial=False)
     require_room(scale.num_workers, need)
     fit_workers(job, need, callbacks=[])
+
+
+def _gpu_is_elsewhere(scale: ScaleConfig, verbose: bool) -> bool:
+    """Whether a GPU is wanted or welcome, this machine has none, and the cluster has."""
+    if scale.use_gpu is False or torch.cuda.is_available():
+        return False
+    if "RAY_ADDRESS" in os.environ:
+        connect(verbose)
+    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
 
 
 def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
@@ -102,10 +122,6 @@ def _fit_with_one_retry(fit: Callable[[], Any], job: Job) -> None:
         if noted_failure(job.run_dir) is not None:
             raise
         fit()  # the batch is cut into twice as many parts now
-
-
-def _no_gpu() -> NucisegError:
-    return ResourceError("scale.use_gpu is true but this machine has no GPU that torch can use; set it to false")
 
 
 def _first_line(error: BaseException) -> str:
