@@ -19,7 +19,7 @@ from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import NucisegError, OutOfMemoryError, ResourceError, TrainingError
+from nuciseg.errors import OutOfMemoryError, ResourceError, TrainingError
 
 
 def check_room(config: Config, *, verbose: bool) -> None:
@@ -59,7 +59,7 @@ def _gpu_is_elsewhere(scale: ScaleConfig, verbose: bool) -> bool:
         return False
     if "RAY_ADDRESS" in os.environ:
         connect(verbose)
-    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return bool(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
