@@ -1,0 +1,540 @@
+"""Training taken up again is training undisturbed; any number of workers trains the same network; failures have names."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nuciseg.config import Config, load_config
+from nuciseg.data.dataset import TrainingLoader
+from nuciseg.engine.checkpoint import (
+    MAX_FOLDERS,
+    Checkpoint,
+    CheckpointStore,
+    Progress,
+    find_checkpoint,
+    load_checkpoint,
+)
+from nuciseg.engine.datasets import TrainingSet, open_training_set
+from nuciseg.engine.inference import Place, score_samples
+from nuciseg.engine.loop import EpochReport, Trainer, train
+from nuciseg.engine.network import load_network, stride_of
+from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
+from nuciseg.metrics import Scores
+from nuciseg.optim import learning_rate_at
+
+MEASURED_TIMES = ("train_s", "validation_s", "images_per_s", "data_wait_share")
+SPAWN = multiprocessing.get_context("spawn")  # what Ray's workers are: processes that inherit nothing
+
+
+def make_config(**changes: Any) -> Config:
+    """Four epochs of four steps of a network of two thousand weights on 16 drawn pairs of nuclei."""
+    drawn = {"num_train": 20, "num_test": 1, "mean_diameter_px": 16.0, "nuclei_per_cluster": [2, 2]}
+    base = load_config(
+        overrides={
+            "data": {"synthetic": drawn, "crop_px": 64, "batch_size": 4, "num_loader_threads": 0},
+            "model": {"depth": 2, "width": 4, "norm": "group", "dropout": 0.2},
+            "train": {"epochs": 4, "precision": "fp32", "metric": "border_dice"},
+            "tracking": {"kind": "none"},
+        }
+    )
+    return base.replaced(changes)
+
+
+def open_data(config: Config) -> TrainingSet:
+    return open_training_set(config, stride_of(config))
+
+
+def run(
+    config: Config, run_dir: Path, place: Place | None = None, on_epoch: Callable[[EpochReport], None] | None = None
+) -> Progress:
+    return train(
+        config, open_data(config), place or Place(), CheckpointStore(run_dir), on_epoch or (lambda report: None)
+    )
+
+
+def last_checkpoint(run_dir: Path) -> Checkpoint:
+    last = CheckpointStore(run_dir).last
+    assert last is not None
+    return load_checkpoint(last, training=True)
+
+
+def figures(history: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What a run was, without how fast the machine happened to be."""
+    return [{key: value for key, value in row.items() if key not in MEASURED_TIMES} for row in history]
+
+
+def assert_same_run(run_dir: Path, undisturbed_dir: Path) -> None:
+    """Weights, optimizer, averages and history agree in every bit."""
+    found, expected = last_checkpoint(run_dir), last_checkpoint(undisturbed_dir)
+    assert figures(found.progress.history) == figures(expected.progress.history)
+    assert (found.progress.step, found.progress.best_epoch) == (expected.progress.step, expected.progress.best_epoch)
+    for mine, theirs in ((found.weights, expected.weights), (found.training, expected.training)):
+        assert set(mine) == set(theirs)
+        different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+        assert not different
+
+
+class Interrupted(Exception):
+    """Ends a run from inside."""
+
+
+def interrupt_after(epoch: int) -> Callable[[EpochReport], None]:
+    def on_epoch(report: EpochReport) -> None:
+        if report.progress.epoch == epoch:
+            raise Interrupted
+
+    return on_epoch
+
+
+# --- resumed is undisturbed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim.kind": "adamw"},
+        {"optim.kind": "adam", "schedule.kind": "one_cycle", "train.accumulate": 2},
+        {"optim.kind": "sgd", "train.ema_decay": None, "model.norm": "batch"},
+        {"optim.kind": "sgd", "optim.momentum": 0.0, "schedule.kind": "constant"},
+        {"optim.kind": "rmsprop", "data.num_loader_threads": 2},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_a_resumed_run_is_the_undisturbed_run_to_the_last_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = make_config(**changes)
+    run(config, tmp_path / "undisturbed")
+    for epoch in (1, 3):
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "resumed", on_epoch=interrupt_after(epoch))
+    run(config, tmp_path / "resumed")
+    assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
+def _train_slowly(config: Config, run_dir: Path) -> None:
+    """Trains with a pause before each step, and says in which step it is."""
+    torch.set_num_threads(1)
+    data = open_data(config)
+    store = CheckpointStore(run_dir)
+    trainer = Trainer(config, data, Place(), store)
+
+    def pause(module: torch.nn.Module, arguments: Any) -> None:
+        (run_dir / "step").write_text(str(trainer.progress.step))
+        time.sleep(0.2)
+
+    trainer.network.model.register_forward_pre_hook(pause)
+    while not trainer.finished:
+        trainer.run_epoch()
+
+
+def test_a_run_killed_in_mid_epoch_goes_on_from_its_last_checkpoint_as_if_undisturbed(tmp_path: Path) -> None:
+    config = make_config()
+    run(config, tmp_path / "undisturbed")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    process = SPAWN.Process(target=_train_slowly, args=(config, killed))
+    process.start()
+    middle_of_epoch_3 = 2 * 4 + 2
+    deadline = time.monotonic() + 240
+    while not (killed / "step").exists() or (killed / "step").read_text() != str(middle_of_epoch_3):
+        assert process.is_alive(), "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run hangs"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert last_checkpoint(killed).progress.epoch == 2
+    seen: list[int] = []
+    run(config, killed, on_epoch=lambda report: seen.append(report.progress.epoch))
+    assert seen == [3, 4]
+    assert_same_run(killed, tmp_path / "undisturbed")
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    """What the tests above compare does depend on the weights' beginning, the batches and dropout."""
+    for seed in (0, 1):
+        run(make_config(**{"seed": seed, "train.epochs": 1}), tmp_path / str(seed))
+    assert figures(last_checkpoint(tmp_path / "0").progress.history) != figures(
+        last_checkpoint(tmp_path / "1").progress.history
+    )
+
+
+def test_the_learning_rate_goes_on_where_it_was(tmp_path: Path) -> None:
+    config = make_config(**{"schedule.warmup_share": 0.5})
+    with pytest.raises(Interrupted):
+        run(config, tmp_path, on_epoch=interrupt_after(2))
+    history = run(config, tmp_path).history
+    last_steps = [4 * epoch - 1 for epoch in (1, 2, 3, 4)]
+    expected = [learning_rate_at(config.schedule, config.optim.lr, step, 16) for step in last_steps]
+    assert [row["learning_rate"] for row in history] == expected
+    assert len(set(expected)) == 4
+
+
+def test_a_run_of_other_images_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(make_config(), tmp_path, on_epoch=interrupt_after(1))
+    with pytest.raises(CheckpointError, match=r"data\.split_seed changed; start a new run"):
+        run(make_config(**{"data.split_seed": 1}), tmp_path)
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    config = make_config(**{"train.epochs": 1})
+    run(config, tmp_path)
+    seen: list[EpochReport] = []
+    run(config, tmp_path, on_epoch=seen.append)
+    assert not seen
+
+
+# --- what one step is ------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    plain = {"model.norm": "none", "model.dropout": 0.0, "train.epochs": 2, "optim.kind": "sgd", "optim.lr": 0.05}
+    for parts in (1, 3, 4):
+        run(make_config(**plain, **{"train.accumulate": parts}), tmp_path / str(parts))
+    whole = last_checkpoint(tmp_path / "1")
+    for parts in (3, 4):
+        cut = last_checkpoint(tmp_path / str(parts))
+        for name, tensor in whole.weights.items():
+            torch.testing.assert_close(cut.weights[name], tensor, rtol=1e-4, atol=1e-6)
+        assert [row["train_loss"] for row in cut.progress.history] == pytest.approx(
+            [row["train_loss"] for row in whole.progress.history], rel=1e-5
+        )
+
+
+def test_each_part_of_an_accumulated_batch_is_smaller(tmp_path: Path) -> None:
+    config = make_config(**{"train.accumulate": 4})
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+    sizes: list[int] = []
+    trainer.network.model.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    trainer.train_epoch(1)
+    trainer.close()
+    assert sizes == [1] * 16
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    history = run(make_config(**{"optim.lr": 0.02, "model.dropout": 0.0}), tmp_path).history
+    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    plain = {
+        "optim.kind": "sgd",
+        "optim.momentum": 0.0,
+        "optim.lr": 1.0,
+        "optim.weight_decay": 0.0,
+        "schedule.kind": "constant",
+        "schedule.warmup_share": 0.0,
+        "train.clip_norm": 1e-3,
+    }
+    config = make_config(**plain)
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+    before = [parameter.detach().clone() for parameter in trainer.network.model.parameters()]
+    trainer.train_epoch(1)
+    trainer.close()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, trainer.network.model.parameters(), strict=True)])
+    assert 0 < float(moved.norm()) <= 4 * 1e-3 * (1 + 1e-4)  # four steps of length 1e-3 at most
+
+
+def test_validation_and_the_checkpoint_use_the_averaged_weights(tmp_path: Path) -> None:
+    reports: list[EpochReport] = []
+    config = make_config(**{"train.epochs": 2, "train.ema_decay": 0.99, "optim.lr": 0.02})
+    data = open_data(config)
+    train(config, data, Place(), CheckpointStore(tmp_path), reports.append)
+    checkpoint = last_checkpoint(tmp_path)
+    raw = {name.removeprefix("model."): value for name, value in checkpoint.training.items() if "model." in name}
+    assert any(not torch.equal(raw[name], tensor) for name, tensor in checkpoint.weights.items())
+    last = CheckpointStore(tmp_path).last
+    assert last is not None
+    network, _ = load_network(last, torch.device("cpu"))
+    assert tuple(score_samples(network, data.samples, data.split.validation)) == reports[-1].image_scores
+
+
+# --- several workers -------------------------------------------------------------------------------------------------
+
+
+def _as_worker(
+    rank: int, world_size: int, rendezvous: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    # A file, so that no two tests can want the same port; a worker that waits longer hangs.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}/meet",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=200),
+    )
+    result = work(Place(rank, world_size), *arguments)
+    (rendezvous / f"result-{rank}").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+def on_workers(world_size: int, rendezvous: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(place, *arguments)` gives on each of `world_size` processes that are joined by gloo."""
+    rendezvous.mkdir()
+    processes = [
+        SPAWN.Process(target=_as_worker, args=(rank, world_size, rendezvous, work, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, "workers wait for each other"
+    assert [process.exitcode for process in processes] == [0] * world_size
+    return [pickle.loads((rendezvous / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def _train_and_note_ids(place: Place, config: Config, run_dir: Path) -> list[str]:
+    """Trains, and returns the ids of all images this worker has learned from."""
+    trainer = Trainer(config, open_data(config), place, CheckpointStore(run_dir))
+    learned: list[str] = []
+    backward = trainer._backward
+
+    def noting(batch: Any, global_size: int) -> Any:
+        learned.extend(batch.ids)
+        return backward(batch, global_size)
+
+    trainer._backward = noting  # type: ignore[method-assign]
+    while not trainer.finished:
+        trainer.run_epoch()
+    trainer.close()
+    return learned
+
+
+# 16 images in batches of 5: shares of 2, 2 and 1 images, and a last batch of a single one: two workers have none.
+UNEVEN = {
+    "data.batch_size": 5,
+    "model.norm": "none",
+    "model.dropout": 0.0,
+    "train.epochs": 2,
+    "optim.kind": "sgd",
+    "optim.lr": 0.05,
+    "train.accumulate": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def one_and_three(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """The folder of one run by one worker (`1`) and by three (`3`), and the ids that each of the three learned from."""
+    folder = tmp_path_factory.mktemp("workers")
+    config = make_config(**UNEVEN)
+    run(config, folder / "1")
+    return folder, on_workers(3, folder / "rendezvous", _train_and_note_ids, config, folder / "3")
+
+
+def test_uneven_shares_neither_hang_nor_count_an_image_twice(one_and_three: tuple[Path, list[list[str]]]) -> None:
+    config = make_config(**UNEVEN)
+    data = open_data(config)
+    learned = sorted(id for ids in one_and_three[1] for id in ids)
+    expected = sorted(2 * [data.samples.ids[index] for index in data.split.train])
+    assert len(data.split.train) == 16
+    assert learned == expected
+    assert len({len(ids) for ids in one_and_three[1]}) > 1, "the shares were even: the test shows nothing"
+
+
+def test_three_workers_train_the_network_that_one_worker_trains(one_and_three: tuple[Path, list[list[str]]]) -> None:
+    folder, _ = one_and_three
+    one, three = last_checkpoint(folder / "1"), last_checkpoint(folder / "3")
+    assert one.progress.step == three.progress.step == 2 * 4
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(three.weights[name], tensor, rtol=1e-3, atol=1e-5)
+    for key in ("train_loss", "learning_rate"):
+        assert [row[key] for row in three.progress.history] == pytest.approx(
+            [row[key] for row in one.progress.history], rel=1e-4
+        )
+
+
+def _score(place: Place, checkpoint: Path) -> tuple[list[Any], list[str]]:
+    network, loaded = load_network(checkpoint, place.device)
+    data = open_data(loaded.config)
+    indices = range(len(data.samples.ids))
+    return score_samples(network, data.samples, indices, place), list(data.samples.ids)
+
+
+def test_three_workers_score_every_image_once_and_to_the_last_digit_as_one(
+    one_and_three: tuple[Path, list[list[str]]], tmp_path: Path
+) -> None:
+    checkpoint = find_checkpoint(one_and_three[0] / "1")
+    alone, ids = _score(Place(), checkpoint)
+    assert [scores.id for scores in alone] == sorted(ids)
+    for together, _ in on_workers(3, tmp_path / "rendezvous", _score, checkpoint):
+        assert together == alone
+        assert Scores.total(together).flat_summary() == Scores.total(alone).flat_summary()
+
+
+def _batch_norm_buffers(place: Place, config: Config, run_dir: Path) -> list[torch.Tensor]:
+    trainer = Trainer(config, open_data(config), place, CheckpointStore(run_dir))
+    trainer.run_epoch()
+    trainer.close()
+    return list(trainer.network.model.buffers())
+
+
+def test_running_statistics_are_the_same_on_all_workers_and_finite(tmp_path: Path) -> None:
+    config = make_config(**{**UNEVEN, "model.norm": "batch"})
+    first, second = on_workers(2, tmp_path / "rendezvous", _batch_norm_buffers, config, tmp_path / "run")
+    assert first
+    for mine, theirs in zip(first, second, strict=True):
+        assert torch.equal(mine, theirs)
+        assert bool(torch.isfinite(mine.float()).all())
+
+
+def _fail_together(place: Place, config: Config, run_dir: Path) -> str:
+    with pytest.raises(NonFiniteLossError) as raised:
+        run(config, run_dir, place)
+    return str(raised.value)
+
+
+def test_a_loss_that_is_not_finite_ends_every_worker(tmp_path: Path) -> None:
+    """Those that found nothing wrong with their own images must not wait for the others for ever."""
+    config = make_config(**{**UNEVEN, "optim.lr": 100.0, "train.clip_norm": None, "optim.weight_decay": 10.0})
+    messages = on_workers(2, tmp_path / "rendezvous", _fail_together, config, tmp_path / "run")
+    steps = {message.split(" in step ")[1].split()[0] for message in messages}
+    assert len(steps) == 1
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_step_learning_rate_and_terms(tmp_path: Path) -> None:
+    changes = {
+        "optim.kind": "sgd",
+        "optim.lr": 100.0,
+        "train.clip_norm": None,
+        "model.norm": "none",
+        "optim.weight_decay": 10.0,
+        "schedule.warmup_share": 0.0,
+        "schedule.kind": "constant",
+    }
+    with pytest.raises(NonFiniteLossError) as raised:
+        run(make_config(**changes), tmp_path)
+    message = str(raised.value)
+    assert "in step " in message
+    assert "at learning rate 100" in message
+    for term in ("loss ", "bce ", "dice ", "gradient norm "):
+        assert term in message
+    assert "lower optim.lr" in message
+    assert "\n" not in message
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path) -> None:
+    config = make_config()
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+    before = {name: tensor.clone() for name, tensor in trainer.network.model.state_dict().items()}
+
+    def spoil(module: torch.nn.Module, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits * float("nan")
+
+    trainer.network.model.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match="in step 0 "):
+        trainer.train_epoch(1)
+    trainer.close()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.network.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=repr,
+)
+def test_a_batch_that_does_not_fit_is_told_with_the_cure(error: Exception, tmp_path: Path) -> None:
+    """The lack of memory is raised by a hook of the network, as its allocator would: no test can fill every machine."""
+    config = make_config()
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+
+    def run_out(module: torch.nn.Module, arguments: Any) -> None:
+        raise error
+
+    trainer.network.model.register_forward_pre_hook(run_out)
+    with pytest.raises(OutOfMemoryError, match=r"data\.batch_size 4 .*raise train\.accumulate"):
+        trainer.run_epoch()
+    trainer.close()
+
+
+def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
+    config = make_config()
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+
+    def fail(module: torch.nn.Module, arguments: Any) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    trainer.network.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        trainer.run_epoch()
+    trainer.close()
+
+
+# --- when a run ends, and what it keeps ------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_better_score_stops_when_patience_is_over_and_stays_stopped(tmp_path: Path) -> None:
+    # At this learning rate the weights do not change: the first epoch stays the best.
+    still = {"optim.lr": 1e-30, "optim.kind": "sgd", "optim.weight_decay": 0.0, "train.epochs": 9, "train.patience": 2}
+    progress = run(make_config(**still), tmp_path)
+    assert (progress.epoch, progress.best_epoch) == (3, 1)
+    assert run(make_config(**still), tmp_path).epoch == 3
+
+
+def test_there_are_never_more_than_three_checkpoints_and_best_and_last_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    counts: list[int] = []
+    replace_name = os.replace
+
+    def counting(source: Any, target: Any) -> None:
+        replace_name(source, target)
+        counts.append(len(list(store.folder.iterdir())))
+
+    monkeypatch.setattr(os, "replace", counting)  # the moment with most folders: written, nothing dropped yet
+    histories: list[list[float]] = []
+
+    def on_epoch(report: EpochReport) -> None:
+        histories.append([row["border_dice"] for row in report.progress.history])
+        scores = histories[-1]
+        best_epoch = scores.index(max(scores)) + 1
+        assert report.progress.best_epoch == best_epoch
+        assert report.is_best == (best_epoch == len(scores))
+        kept = {
+            json.loads((path / "checkpoint.json").read_text())["progress"]["epoch"] for path in store.folder.iterdir()
+        }
+        assert kept == {best_epoch, len(scores)}
+        assert store.best is not None
+        assert store.best.name == f"epoch-{best_epoch:04d}"
+
+    # A learning rate so high that the score goes up and down.
+    config = make_config(**{"optim.lr": 0.3, "train.epochs": 8, "train.ema_decay": None, "model.norm": "batch"})
+    train(config, open_data(config), Place(), store, on_epoch)
+    assert max(counts) <= MAX_FOLDERS
+    scores = histories[-1]
+    assert len(set(scores)) > 1, "the score never changed: the test shows nothing"
+
+
+def test_the_loader_gives_the_same_batches_to_threads_as_without(tmp_path: Path) -> None:
+    config = make_config()
+    data = open_data(config)
+    pixels = []
+    for num_threads in (0, 3):
+        with TrainingLoader(data.training_data, batch_size=4, num_threads=num_threads) as loader:
+            pixels.append([loaded.batch.images_BCHW for loaded in loader.epoch(2) if loaded.batch is not None])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*pixels, strict=True))
