@@ -17,10 +17,10 @@ _FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
 
 
-def note_failure(run_dir: Path, error: NucisegError) -> None:
-    """Write down why the run ended, unless an earlier reason stands there. A first lack of memory is no reason yet:
-    the next attempt cuts the batch into twice as many parts."""
-    if isinstance(error, OutOfMemoryError) and not (run_dir / _SMALLER_PARTS_FILE).exists():
+def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> None:
+    """Write down why the run ended, unless an earlier reason stands there. A lack of memory at `parts_factor` 1 is no
+    reason yet, on however many workers: the next attempt cuts the batch into twice as many parts."""
+    if isinstance(error, OutOfMemoryError) and parts_factor == 1:
         write_json({"reason": str(error)}, run_dir / _SMALLER_PARTS_FILE)
         return
     if not (run_dir / _FAILURE_FILE).exists():
@@ -31,7 +31,7 @@ def noted_failure(run_dir: Path) -> NucisegError | None:
     """The reason why the run ended, or None."""
     try:
         note = json.loads((run_dir / _FAILURE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     kind: type[NucisegError] = getattr(errors, note["kind"])
     return kind(note["message"])
@@ -43,5 +43,6 @@ def batch_parts_factor(run_dir: Path) -> int:
 
 
 def forget_failure(run_dir: Path) -> None:
-    """Before a run is taken up again by hand."""
-    (run_dir / _FAILURE_FILE).unlink(missing_ok=True)
+    """Before a run is taken up again by hand. Its configuration file has the parts that the batch was cut into."""
+    for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE):
+        (run_dir / name).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nuciseg.config import Config, load_config
 from nuciseg.distributed.failures import forget_failure
-from nuciseg.distributed.worker import CONFIG_FILE
+from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import disk_need_bytes
 from nuciseg.engine.network import count_parameters
 from nuciseg.errors import ConfigError, ResourceError
@@ -40,6 +40,8 @@ def resumed_config(folder: Path, flags: Mapping[str, Any], config_file: Path | N
         raise ConfigError(
             f"--resume {folder}: no run there (it has no {CONFIG_FILE}); give the folder that was printed"
         )
+    if not (folder / SPLIT_FILE).exists():
+        raise ConfigError(f"--resume {folder} is a search, not a training run; resume it with `nuciseg tune`")
     refuse_other_settings(flags, config_file)
     forget_failure(folder)
     return load_config(folder / CONFIG_FILE)

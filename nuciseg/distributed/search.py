@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Integer
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
@@ -24,7 +26,7 @@ from nuciseg.distributed.failures import forget_failure, note_failure, noted_fai
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.space import build_space, configure, describe
 from nuciseg.distributed.training import fit_workers, reported
-from nuciseg.distributed.worker import CONFIG_FILE, Job, best_score, conclude_stopped, run_worker
+from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
@@ -82,9 +84,9 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
     """Run the search that `config.search` describes into `folder`; returns the trials, best first."""
     space = _search_space(config)
     plan = _plan(config, folder, verbose)
+    concurrent = _concurrent_trials(config, plan.need)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder / CONFIG_FILE)
-    concurrent = _concurrent_trials(config, plan.need)
     tuner = tune.Tuner(
         _trainable(plan),
         param_space=space,
@@ -109,6 +111,7 @@ def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
 
     Raises ConfigError where `folder` holds no search.
     """
+    folder = folder.resolve()  # Ray takes a relative path for an address
     config = read_search_config(folder)
     plan = _plan(config, folder, verbose)
     if not tune.Tuner.can_restore(str(folder)):
@@ -131,7 +134,7 @@ def read_search_config(folder: Path) -> Config:
     if not (folder / CONFIG_FILE).exists():
         raise ConfigError(f"--resume {folder}: no search there (it has no {CONFIG_FILE}); give the folder tune printed")
     config = load_config(folder / CONFIG_FILE)
-    if not config.search.space:
+    if (folder / SPLIT_FILE).exists():
         raise ConfigError(f"--resume {folder} is a training run, not a search; resume it with `nuciseg train`")
     return config
 
@@ -224,10 +227,10 @@ def _plan(config: Config, folder: Path, verbose: bool) -> Plan:
 
 
 def _trainable(plan: Plan) -> Any:
-    # A trial of several workers holds next to nothing itself: if it held CPUs, trials could take all of them and wait
-    # for ever for workers that find none.
+    # A trial of several workers holds no CPU itself, not a hundredth of one: trials could take what their own workers
+    # need, and wait for ever. Tune wants it to hold something; on the head node it outlives a lost worker node.
     alone = plan.base.scale.num_workers == 1
-    resources = {"CPU": plan.need.cpus, "GPU": plan.need.gpus} if alone else {"CPU": 0.01}
+    resources = {"CPU": plan.need.cpus, "GPU": plan.need.gpus} if alone else {"node:__internal_head__": 0.001}
     return tune.with_resources(tune.with_parameters(_run_trial, plan=plan), resources)
 
 
@@ -281,15 +284,30 @@ def _population_based(config: Config, space: Mapping[str, Any]) -> PopulationBas
         raise ConfigError("search.scheduler pbt needs trials of one worker: set scale.num_workers to 1, or use asha")
     if config.search.sampler == "optuna":
         raise ConfigError("search.scheduler pbt draws by itself: set search.sampler to random")
-    fixed = [key for key in space if key.split(".")[0] in ("model", "target", "data") and key != "data.batch_size"]
+    belongs_to_weights = ("model", "target", "data", "optim.kind", "train.ema_decay")
+    fixed = [
+        key
+        for key in space
+        if (key in belongs_to_weights or key.split(".")[0] in belongs_to_weights) and key != "data.batch_size"
+    ]
     if fixed:
         raise ConfigError(f"search.space.{fixed[0]}: pbt hands weights from trial to trial, so this key must be fixed")
     return PopulationBasedTraining(
         time_attr="epoch",
         perturbation_interval=config.search.grace_epochs,
-        hyperparam_mutations=dict(space),
-        seed=config.seed,
+        # Choices go as lists: Ray multiplies what else comes as a domain by 0.8 or 1.2, and limits it by nothing.
+        hyperparam_mutations={key: getattr(domain, "categories", domain) for key, domain in space.items()},
+        custom_explore_fn=partial(_within_bounds, dict(space)),
     )
+
+
+def _within_bounds(space: Mapping[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
+    within = dict(sample)
+    for key, domain in space.items():
+        if hasattr(domain, "lower"):  # integers stay below their upper bound
+            highest = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+            within[key] = min(max(sample[key], domain.lower), highest)
+    return within
 
 
 def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig:

@@ -22,6 +22,7 @@ from nuciseg.plots import triptych
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
 
 CONFIG_FILE = "config.yaml"
+SPLIT_FILE = "split.json"
 FINISHED_FILE = "finished.json"
 IMAGES_FILE = "validation_images.json"
 OVERLAY_EVERY_EPOCHS = 5
@@ -47,10 +48,11 @@ def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) ->
         raise failure
     if (job.run_dir / FINISHED_FILE).exists():
         return
+    parts_factor = batch_parts_factor(job.run_dir)
     try:
-        _run(job, _cut_smaller(job.config, batch_parts_factor(job.run_dir)), place, report)
+        _run(job, _cut_smaller(job.config, parts_factor), place, report)
     except NucisegError as error:
-        note_failure(job.run_dir, error)
+        note_failure(job.run_dir, error, parts_factor)
         raise
 
 
@@ -86,8 +88,8 @@ class _Diary:
     def __init__(self, job: Job, config: Config, data: TrainingSet, store: CheckpointStore) -> None:
         self.job, self.config, self.data, self.store = job, config, data, store
         job.run_dir.mkdir(parents=True, exist_ok=True)
+        data.split.write(job.run_dir / SPLIT_FILE)  # first: a folder with a configuration but no split is a search
         write_config(config, job.run_dir / CONFIG_FILE)
-        data.split.write(job.run_dir / "split.json")
         self.tracker = _open_tracker(job, config, store)
 
     def write(self, report: EpochReport) -> None:
@@ -147,7 +149,9 @@ def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:
 
 def _conclude(run_dir: Path, best: Path, tracker: Tracker) -> None:
     scores = load_checkpoint(best).scores
-    tracker.log_image_scores(json.loads((run_dir / IMAGES_FILE).read_text(encoding="utf-8")))
+    images = run_dir / IMAGES_FILE
+    if images.exists():  # not where a scheduler ended the run between its first checkpoint and this file
+        tracker.log_image_scores(json.loads(images.read_text(encoding="utf-8")))
     tracker.log_checkpoint(best)
     tracker.log_summary({f"best_{name}": value for name, value in scores.items()})
     write_json({"checkpoint": best.name, "scores": dict(scores)}, run_dir / FINISHED_FILE)
