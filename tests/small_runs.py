@@ -1,0 +1,73 @@
+"""Runs of seconds on drawn nuclei, and what makes two runs the same."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nuciseg.config import Config, load_config
+from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+
+# Four epochs of four steps of a network of two thousand weights, on 16 drawn pairs of nuclei.
+SMALL: dict[str, Any] = {
+    "data": {
+        "synthetic": {"num_train": 20, "num_test": 2, "mean_diameter_px": 16.0, "nuclei_per_cluster": [2, 2]},
+        "crop_px": 64,
+        "batch_size": 4,
+        "num_loader_threads": 0,
+    },
+    "model": {"depth": 2, "width": 4, "norm": "group", "dropout": 0.2},
+    "train": {"epochs": 4, "precision": "fp32", "metric": "border_dice"},
+    "tracking": {"kind": "none"},
+}
+MEASURED_TIMES = ("train_s", "validation_s", "images_per_s", "data_wait_share")
+
+
+def small_config(**changes: Any) -> Config:
+    """`SMALL` with values put at dotted keys."""
+    return load_config(overrides=SMALL).replaced(changes)
+
+
+def last_checkpoint(run_dir: Path) -> Checkpoint:
+    """The newest checkpoint, with what resuming needs."""
+    last = CheckpointStore(run_dir).last
+    assert last is not None, f"{run_dir} has no checkpoint"
+    return load_checkpoint(last, training=True)
+
+
+def figures(history: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:
+    """What a run was, without how fast the machine happened to be."""
+    return [{key: value for key, value in row.items() if key not in MEASURED_TIMES} for row in history]
+
+
+def assert_same_run(run_dir: Path, undisturbed_dir: Path) -> None:
+    """Weights, optimizer, averages and history agree in every bit."""
+    found, expected = last_checkpoint(run_dir), last_checkpoint(undisturbed_dir)
+    assert figures(found.progress.history) == figures(expected.progress.history)
+    assert (found.progress.step, found.progress.best_epoch) == (expected.progress.step, expected.progress.best_epoch)
+    for mine, theirs in ((found.weights, expected.weights), (found.training, expected.training)):
+        assert set(mine) == set(theirs)
+        different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
+        assert not different
+
+
+def logged_epochs(run_dir: Path) -> list[int]:
+    """The epochs in `metrics.jsonl`, in the order written; none before there is such a file."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [int(json.loads(line)["epoch"]) for line in lines]
+
+
+def wait_until(true: Callable[[], bool], what: str, limit_s: float = 240.0) -> None:
+    """Look again and again until `true()`; fail with `what` was waited for."""
+    deadline = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
+        time.sleep(0.02)
