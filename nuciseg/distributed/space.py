@@ -100,14 +100,20 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
 
 
 def _check(config: Config, key: str, value: Any) -> None:
-    """Refuse a value that no configuration can have. A key of another kind of section is checked with the trial."""
+    """Refuse a value that no configuration can have, whichever kind of its section is drawn."""
     section = key.split(".")[0]
-    if f"{section}.kind" in config.search.space or (section in config.search.space and key != section):
-        return
-    try:
-        config.replaced({key: value})
-    except ConfigError as error:
-        raise ConfigError(f"search.space.{key}: {value!r} cannot be used: {error}") from None
+    bases = [config]
+    if section in config.search.space and key != section:
+        kinds = config.search.space[section].get("choice") or config.search.space[section].get("grid_search") or []
+        bases = [config.replaced({section: kind}) for kind in kinds]
+    faults = []
+    for base in bases:
+        try:
+            base.replaced({key: value})
+        except ConfigError as error:
+            faults.append(error)
+    if bases and len(faults) == len(bases):
+        raise ConfigError(f"search.space.{key}: {value!r} cannot be used: {faults[0]}") from None
 
 
 def _is_number(value: Any) -> bool:

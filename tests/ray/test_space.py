@@ -1,0 +1,173 @@
+"""Search spaces: what is drawn makes whole configurations; what cannot is refused in one sentence before a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from ray import tune
+from ray.tune.search.sample import Domain
+
+from nuciseg.config import Config
+from nuciseg.distributed.search import _search_space, _within_bounds, check_search
+from nuciseg.distributed.space import build_space, configure, describe
+from nuciseg.errors import ConfigError
+
+LR = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
+
+
+def with_space(space: Mapping[str, Any], **search: Any) -> Config:
+    return Config().replaced({"search.space": dict(space), **{f"search.{key}": value for key, value in search.items()}})
+
+
+def drawn(space: Mapping[str, Any], num: int = 50) -> list[dict[str, Any]]:
+    domains = build_space(with_space(space))
+    return [{key: domain.sample() for key, domain in domains.items()} for _ in range(num)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"uniform": [1e-4, 1e-2]},
+        {"quniform": [0.1, 0.9, 0.1]},
+        {"loguniform": [1e-4, 1e-2]},
+        {"qloguniform": [1e-4, 1e-2, 1e-4]},
+    ],
+    ids=str,
+)
+def test_every_sampler_of_real_numbers_gives_whole_configurations(line: dict[str, Any]) -> None:
+    [(low, high, *_)] = line.values()
+    rates = {configure(Config(), sample).optim.lr for sample in drawn({"optim.lr": line})}
+    assert len(rates) > 1
+    assert all(isinstance(rate, float) and low <= rate <= high for rate in rates)
+
+
+@pytest.mark.parametrize("line", [{"randint": [4, 9]}, {"lograndint": [4, 9]}, {"qrandint": [4, 8, 2]}], ids=str)
+def test_every_sampler_of_integers_gives_whole_configurations(line: dict[str, Any]) -> None:
+    sizes = {configure(Config(), sample).data.batch_size for sample in drawn({"data.batch_size": line})}
+    assert len(sizes) > 1
+    assert sizes <= set(range(4, 9))
+
+
+def test_a_choice_may_be_between_whole_sections_and_later_lines_refine_it() -> None:
+    space = {
+        "model": {"choice": [{"kind": "unet", "width": 8}, {"kind": "timm", "encoder": "resnet18"}]},
+        "model.dropout": {"choice": [0.25]},
+    }
+    base = with_space(space)
+    models = [configure(base, sample).model for sample in drawn(space)]
+    assert {model.kind for model in models} == {"unet", "timm"}
+    assert all(model.dropout == 0.25 for model in models if model.kind != "baseline")
+    assert all(model.width == 8 for model in models if model.kind == "unet")
+
+
+def test_what_a_trial_does_not_sample_is_the_base_configuration() -> None:
+    base = with_space(LR, num_trials=3)
+    assert configure(base, {"optim.lr": 0.005}) == base.replaced({"optim.lr": 0.005})
+
+
+def test_a_trial_is_described_by_what_differs() -> None:
+    [sample] = drawn({"model": {"choice": [{"kind": "unet", "width": 8}]}, "data.batch_size": {"choice": [8]}}, num=1)
+    assert describe({**sample, "optim.lr": 0.00123456}) == "model=unet/8 batch_size=8 lr=0.00123"
+
+
+def test_none_and_booleans_can_be_chosen() -> None:
+    space = {"train.ema_decay": {"choice": [None, 0.9]}, "augment.enabled": {"choice": [True, False]}}
+    configs = [configure(with_space(space), sample) for sample in drawn(space)]
+    assert {config.train.ema_decay for config in configs} == {None, 0.9}
+    assert {config.augment.enabled for config in configs} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("space", "sentence"),
+    [
+        ({}, "search.space is empty; give at least one line"),
+        ({"optim.lrr": {"uniform": [1e-4, 1e-2]}}, "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        ({"lr": {"uniform": [1e-4, 1e-2]}}, "unknown key 'lr'; did you mean 'optim.lr'?"),
+        ({"optim.lr": {"loguniform": [1e-2, 1e-5]}}, "loguniform takes [lower, upper] with lower < upper, found [0.01"),
+        ({"optim.lr": {"uniform": [1e-2, 1e-2]}}, "lower < upper"),
+        ({"optim.lr": {"uniform": [1e-2]}}, "uniform takes [lower, upper]"),
+        ({"optim.lr": {"uniform": ["a", "b"]}}, "uniform takes [lower, upper]"),
+        ({"optim.lr": {"uniform": [True, 2]}}, "uniform takes [lower, upper]"),
+        ({"optim.lr": {"uniform": 0.1}}, "uniform takes a list of arguments, found 0.1"),
+        ({"optim.lr": {"loguniform": [0, 1]}}, "loguniform needs a lower bound above 0, found 0"),
+        ({"optim.lr": {"uniform": [1e-4, 1e-2, 3, 4]}}, "uniform cannot take"),
+        ({"optim.lr": {"quniform": [1e-4, 1e-2]}}, "quniform cannot take"),
+        ({"optim.lr": {"normal": [0, 1]}}, "unknown sampler 'normal'; choose one of uniform, "),
+        ({"optim.lr": {"uniform": [1e-4, 1e-2], "choice": [1]}}, "give exactly one sampler, found uniform, choice"),
+        ({"optim.lr": {}}, "give exactly one sampler, found none"),
+        ({"optim.lr": {"choice": []}}, "choice takes a list of values, found []"),
+        ({"optim.lr": {"choice": 0.1}}, "choice takes a list of values, found 0.1"),
+        ({"optim.lr": {"uniform": [1e-4, 1e6]}}, "1000000.0 cannot be used"),
+        ({"data.batch_size": {"randint": [0, 9]}}, "0 cannot be used"),
+        ({"optim.kind": {"choice": ["adamw", "adagrad"]}}, "'adagrad' cannot be used"),
+        (
+            {"model": {"choice": [{"kind": "unet", "widht": 8}]}},
+            "did you mean 'model.width'",
+        ),
+        ({"optim.kind": {"choice": ["sgd"]}, "optim.lr": {"uniform": [1e-4, 1e6]}}, "1000000.0 cannot be used"),
+        (
+            {"model": {"choice": [{"kind": "unet"}, {"kind": "timm"}]}, "model.dropout": {"choice": [2.0]}},
+            "search.space.model.dropout: 2.0 cannot be used",
+        ),
+        ({"train.accumulate": {"choice": [1, 64]}}, "train.accumulate 64 is more than data.batch_size"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_space_that_cannot_be_sampled_is_refused_in_one_sentence(space: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        build_space(with_space(space))
+    message = str(raised.value)
+    assert sentence in message
+    assert "\n" not in message
+    assert all(key in message for key in list(space)[-1:])
+
+
+def test_the_upper_bound_of_integers_is_not_drawn_and_so_not_checked() -> None:
+    assert isinstance(build_space(with_space({"model.depth": {"randint": [1, 7]}}))["model.depth"], Domain)
+    with pytest.raises(ConfigError, match="7 cannot be used"):
+        build_space(with_space({"model.depth": {"randint": [1, 8]}}))
+
+
+@pytest.mark.parametrize(
+    ("space", "search", "sentence"),
+    [
+        (LR, {"sampler": "grid"}, "optim.lr: the grid sampler needs `choice`"),
+        ({"optim.lr": {"grid_search": [0.1]}}, {"sampler": "optuna"}, "takes `choice`, not `grid_search`"),
+        (LR, {"sampler": "optuna", "scheduler": "pbt"}, "pbt draws by itself: set search.sampler to random"),
+        ({"model.width": {"choice": [8]}}, {"sampler": "random", "scheduler": "pbt"}, "this key must be fixed"),
+        ({"optim.kind": {"choice": ["sgd"]}}, {"sampler": "random", "scheduler": "pbt"}, "this key must be fixed"),
+        ({"data.crop_px": {"choice": [64]}}, {"sampler": "random", "scheduler": "pbt"}, "this key must be fixed"),
+    ],
+)
+def test_a_search_whose_parts_do_not_fit_is_refused_before_ray_starts(
+    space: dict[str, Any], search: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_search(with_space(space, **search), verbose=False)
+    assert sentence in str(raised.value)
+
+
+def test_population_based_training_wants_trials_of_one_worker() -> None:
+    config = with_space(LR, sampler="random", scheduler="pbt").replaced({"scale.num_workers": 2})
+    with pytest.raises(ConfigError, match=r"set scale\.num_workers to 1"):
+        check_search(config, verbose=False)
+
+
+def test_a_grid_is_made_of_choices() -> None:
+    space = _search_space(with_space({"optim.lr": {"choice": [0.1, 0.01]}}, sampler="grid"))
+    assert space["optim.lr"] == tune.grid_search([0.1, 0.01])
+
+
+def test_mutations_of_a_population_stay_within_the_space() -> None:
+    lines = {
+        "optim.lr": {"uniform": [1e-4, 1e-2]},
+        "data.batch_size": {"randint": [4, 9]},
+        "optim.weight_decay": {"choice": [0.0, 0.1]},
+    }
+    space = build_space(with_space(lines))
+    above = {"optim.lr": 1.2e-2, "data.batch_size": 10, "optim.weight_decay": 0.1}
+    below = {"optim.lr": 8e-5, "data.batch_size": 3, "optim.weight_decay": 0.0}
+    assert _within_bounds(space, above) == {"optim.lr": 1e-2, "data.batch_size": 8, "optim.weight_decay": 0.1}
+    assert _within_bounds(space, below) == {"optim.lr": 1e-4, "data.batch_size": 4, "optim.weight_decay": 0.0}
