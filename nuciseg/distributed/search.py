@@ -318,7 +318,8 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
         callbacks=[SearchProgress(config, folder, concurrent)],
         # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
         failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+        # Only population-based training hands checkpoints over, and with fewer they go before the other trial has them.
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
     )
 
 

@@ -1,0 +1,141 @@
+"""The driver of a search is killed, and `--resume` goes on as if nothing had happened. Each driver starts its own Ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from ray.tune.search.optuna import OptunaSearch
+from small_runs import SMALL, last_checkpoint, logged_epochs, wait_until
+from wandb_offline import read_offline_runs
+
+from nuciseg.config import merged
+from nuciseg.distributed.search import RESULTS_FILE
+from nuciseg.distributed.worker import FINISHED_FILE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_TRIALS, NUM_EPOCHS = 5, 10
+SEARCH = {
+    "data": {"synthetic": {"num_train": 60}, "batch_size": 2},
+    "augment": {"enabled": False},
+    "model": {"dropout": 0.0},
+    "loss": {"weights": {"dice": 4.0}},
+    "schedule": {"kind": "constant"},
+    "train": {"epochs": NUM_EPOCHS, "ema_decay": None},
+    "scale": {"cpus_per_worker": 1},
+    "tracking": {"kind": "offline"},
+    "run": {"storage_path": "runs", "name": "search"},
+    "search": {
+        "num_trials": NUM_TRIALS,
+        "sampler": "optuna",
+        "scheduler": "none",
+        "max_concurrent": 2,
+        "space": {"optim.lr": {"loguniform": [0.01, 0.1]}},
+    },
+}
+
+
+class Driver:
+    """`python -m nuciseg.tune` as a process whose own processes can be told from those of any other."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.log = folder / "driver.log"
+        with self.log.open("a") as log:
+            command = [sys.executable, "-m", "nuciseg.tune", *words]
+            self.process = psutil.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        self.family: list[psutil.Process] = []
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone; Ray's processes, which follow it, are waited for."""
+        self.family = self.process.children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        _, left = psutil.wait_procs(self.family, timeout=60)
+        assert not left, "Ray's processes outlive their driver"
+
+    def end(self) -> None:
+        """After a test, however it went: nothing of this driver stays, and nothing else is touched."""
+        if self.process.is_running():
+            self.family += self.process.children(recursive=True)
+            self.family.append(self.process)
+        for process in self.family:
+            if process.is_running():
+                process.kill()
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[Driver]]:
+    started: list[Driver] = []
+    yield started
+    for driver in started:
+        driver.end()
+
+
+def files_of(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, drivers: list[Driver]) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    folder = tmp_path / "runs" / "search"
+
+    def trial_dirs() -> list[Path]:
+        return [path.parent for path in folder.glob("*/metrics.jsonl") if path.parent.name != "final"]
+
+    def finished() -> list[Path]:
+        return [run_dir for run_dir in trial_dirs() if (run_dir / FINISHED_FILE).exists()]
+
+    def running() -> list[Path]:
+        return [run_dir for run_dir in trial_dirs() if run_dir not in finished() and len(logged_epochs(run_dir)) >= 2]
+
+    drivers.append(Driver(tmp_path, "--config", "search.yaml"))
+    wait_until(
+        lambda: bool(finished() and running()) or not drivers[0].process.is_running(), "a finished and a running trial"
+    )
+    drivers[0].kill()
+    kept = {run_dir: (files_of(run_dir / "checkpoints"), files_of(run_dir / "wandb")) for run_dir in finished()}
+    interrupted = {run_dir: (run_dir / "metrics.jsonl").read_text().split("\n")[0] for run_dir in running()}
+    assert kept, drivers[0].log.read_text()
+    assert interrupted, drivers[0].log.read_text()
+    assert len(kept) < NUM_TRIALS
+
+    drivers.append(Driver(tmp_path, "--resume", "runs/search"))
+    drivers[1].process.wait(timeout=500)
+    log = drivers[1].log.read_text()
+    assert drivers[1].process.returncode == 0, log
+    assert "Traceback" not in log
+
+    trials = json.loads((folder / RESULTS_FILE).read_text())
+    assert len(trials) == NUM_TRIALS
+    assert [(trial["epochs"], trial["failure"]) for trial in trials] == [(NUM_EPOCHS, None)] * NUM_TRIALS
+    for run_dir, (checkpoints, wandb) in kept.items():
+        assert files_of(run_dir / "checkpoints") == checkpoints, "a finished trial was trained again"
+        assert files_of(run_dir / "wandb") == wandb
+    for run_dir, first_line in interrupted.items():
+        # Not begun anew: the first epoch that the checkpoint remembers is the one that ran before the kill.
+        assert last_checkpoint(run_dir).progress.history[0]["train_s"] == json.loads(first_line)["train_s"]
+    for trial in trials:
+        run_dir = folder / trial["id"]
+        assert logged_epochs(run_dir) == list(range(1, NUM_EPOCHS + 1))
+        legs = read_offline_runs(run_dir)
+        assert {leg.run["id"] for leg in legs} == {f"search-{trial['id']}"}
+        assert sorted(epoch for leg in legs for epoch in leg.epochs) == list(range(1, NUM_EPOCHS + 1))
+        assert len(legs) == (2 if run_dir in interrupted else 1) or run_dir not in {*interrupted, *kept}
+
+    studied = [sorted(folder.glob("searcher-state-*.pkl"))[-1]]
+    sampler = OptunaSearch(metric="score", mode="max")
+    sampler.restore(str(studied[0]))
+    told = [trial.value for trial in sampler._ot_study.trials if trial.value is not None]
+    assert len(told) == NUM_TRIALS, "the sampler forgot what it had learned"
+    assert sorted(told) == pytest.approx(sorted(trial["score"] for trial in trials))
+
+    assert logged_epochs(folder / "final") == list(range(1, NUM_EPOCHS + 1))
+    assert (folder / "final" / FINISHED_FILE).exists()
+    assert "best checkpoint: " in log

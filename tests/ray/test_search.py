@@ -1,0 +1,305 @@
+"""Searches through real Ray Tune trials: samplers, schedulers, failures, room, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.util.state import list_actors
+from small_runs import figures, last_checkpoint, logged_epochs, small_config, wait_until
+
+from nuciseg.config import Config, load_config
+from nuciseg.distributed import search
+from nuciseg.distributed.search import RESULTS_FILE, Trial, start_search, winner
+from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
+from nuciseg.engine.checkpoint import MAX_FOLDERS
+
+# At the first learning rate the network finds borders within an epoch, at the others its weights stay as drawn.
+LEARNS, STAYS = 0.05, [1e-9, 1e-8, 1e-7]
+EXPLODES = 90.0
+PLAIN = {
+    "search.sampler": "grid",
+    "search.scheduler": "none",
+    "search.space": {"optim.lr": {"choice": [LEARNS, *STAYS]}},
+    "tracking.kind": "jsonl",
+    "train.ema_decay": None,
+    "data.synthetic.num_train": 60,
+    "data.batch_size": 2,
+    "augment.enabled": False,
+    "model.dropout": 0.0,
+    "schedule.kind": "constant",
+    "loss.weights.dice": 4.0,
+}
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+Searched = tuple[Path, Config, list[Trial], str]
+
+
+def run_search(folder: Path, **changes: Any) -> tuple[Config, list[Trial]]:
+    config = small_config(**{**PLAIN, **changes})
+    return config, start_search(config, folder, verbose=False)
+
+
+def record_spans(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let each attempt of a trial write down when it began and ended."""
+    run_trial = search._run_trial
+
+    def recorded(sample: dict[str, Any], plan: Any) -> None:
+        start = time.time()
+        try:
+            run_trial(sample, plan)
+        finally:
+            (folder / f"{start}").write_text(json.dumps([start, time.time()]))
+
+    folder.mkdir()
+    monkeypatch.setattr(search, "_run_trial", recorded)
+
+
+def spans(folder: Path) -> list[tuple[float, float]]:
+    return [tuple(json.loads(path.read_text())) for path in folder.iterdir()]
+
+
+def most_at_once(intervals: list[tuple[float, float]]) -> int:
+    return max(sum(start <= moment < end for start, end in intervals) for moment, _ in intervals)
+
+
+# --- samplers and schedulers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped_by_asha(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """A grid of one network that learns and three that do not, one after the other, and what was printed."""
+    folder = tmp_path_factory.mktemp("searches") / "asha"
+    patch = pytest.MonkeyPatch()
+    printed: list[str] = []
+    patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+    try:
+        config, trials = run_search(
+            folder,
+            **{"search.scheduler": "asha", "search.grace_epochs": 1, "search.reduction_factor": 2,
+               "search.max_concurrent": 1},
+        )  # fmt: skip
+    finally:
+        patch.undo()
+    return folder, config, trials, "\n".join(printed)
+
+
+def test_asha_stops_the_trials_that_do_not_learn(stopped_by_asha: Searched) -> None:
+    _, _, trials, _ = stopped_by_asha
+    epochs = {trial.sample["optim.lr"]: trial.epochs for trial in trials}
+    assert epochs.pop(LEARNS) == 4
+    assert len(epochs) == len(STAYS)
+    assert max(epochs.values()) < 4
+    assert all(trial.failure is None for trial in trials)
+
+
+def test_trials_are_ranked_by_the_chosen_score(stopped_by_asha: Searched) -> None:
+    folder, config, trials, _ = stopped_by_asha
+    assert trials[0].sample["optim.lr"] == LEARNS
+    scores = [trial.score for trial in trials]
+    assert scores == sorted(scores, reverse=True)
+    for trial in trials:
+        history = last_checkpoint(folder / trial.id).progress.history
+        assert trial.score == max(row["border_dice"] for row in history)
+    best = winner(trials, config)
+    assert best is not None
+    assert best == config.replaced({"optim.lr": LEARNS})
+    written = json.loads((folder / RESULTS_FILE).read_text())
+    assert [row["id"] for row in written] == [trial.id for trial in trials]
+
+
+def test_the_scheduler_hears_of_every_epoch(stopped_by_asha: Searched) -> None:
+    _, _, trials, printed = stopped_by_asha
+    number = trials[0].id.rsplit("_", 1)[-1]
+    for epoch in (1, 2, 3, 4):
+        assert f"trial {number} running {epoch}/4 " in printed
+    assert f"trial {number} done 4/4 " in printed
+    assert "stopped 1/4 " in printed
+
+
+def test_every_trial_keeps_a_run_of_its_own(stopped_by_asha: Searched) -> None:
+    folder, config, trials, _ = stopped_by_asha
+    for trial in trials:
+        run_dir = folder / trial.id
+        assert logged_epochs(run_dir) == list(range(1, trial.epochs + 1))
+        assert load_config(run_dir / "config.yaml").optim.lr == trial.sample["optim.lr"]
+        assert (run_dir / SPLIT_FILE).exists()
+        assert (run_dir / FINISHED_FILE).exists()  # also where a scheduler ended it
+        assert len(list((run_dir / "checkpoints").iterdir())) <= MAX_FOLDERS - 1
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_trials_of_a_search_share_the_decoded_images(stopped_by_asha: Searched) -> None:
+    splits = {(stopped_by_asha[0] / trial.id / SPLIT_FILE).read_text() for trial in stopped_by_asha[2]}
+    assert len(splits) == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_samplers_draw_by_the_seed(sampler: str, tmp_path: Path) -> None:
+    space = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "data.batch_size": {"choice": [4, 8]}}
+    config, trials = run_search(
+        tmp_path / "search",
+        **{"search.sampler": sampler, "search.space": space, "search.num_trials": 3, "search.trial_epochs": 1},
+    )
+    assert len({trial.sample["optim.lr"] for trial in trials}) == 3
+    assert all(trial.epochs == 1 and trial.failure is None for trial in trials)
+    for trial in trials:
+        assert 1e-4 <= trial.sample["optim.lr"] <= 1e-2
+        assert trial.sample["data.batch_size"] in (4, 8)
+    assert config.train.epochs == 4  # what the winner is trained for
+
+
+@pytest.mark.slow
+def test_a_population_takes_over_the_weights_of_its_best(tmp_path: Path) -> None:
+    changes = {"search.sampler": "random", "search.scheduler": "pbt", "search.num_trials": 4, "search.grace_epochs": 2,
+               "train.epochs": 8, "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}}}  # fmt: skip
+    folder = tmp_path / "search"
+    _, trials = run_search(folder, **changes)
+    assert all(trial.failure is None and trial.epochs == 8 for trial in trials)
+    histories = {trial.id: figures(last_checkpoint(folder / trial.id).progress.history) for trial in trials}
+    begun = {id: json.loads((folder / id / "metrics.jsonl").read_text().split("\n")[0]) for id in histories}
+    taken_over = [id for id, history in histories.items() if history[0]["train_loss"] != begun[id]["train_loss"]]
+    assert taken_over, "no trial took over another's weights"
+    for id in taken_over:
+        donors = [other for other, row in begun.items() if row["train_loss"] == histories[id][0]["train_loss"]]
+        assert donors
+        assert id not in donors
+        assert len(histories[id]) == 8
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers_end_stop_and_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four CPUs have room for two trials of two workers: all of it is used, and never more is asked for."""
+    changes = {
+        "scale.num_workers": 2,
+        "search.scheduler": "asha",
+        "search.grace_epochs": 1,
+        "search.reduction_factor": 2,
+        "search.space": {"optim.lr": {"choice": [LEARNS, *STAYS[:2]]}},
+        "train.epochs": 3,
+    }
+    _, trials = run_search(tmp_path / "search", **changes)
+    assert len(trials) == 3
+    assert all(trial.failure is None for trial in trials)
+    assert trials[0].sample["optim.lr"] == LEARNS
+    assert trials[0].epochs == 3
+    assert min(trial.epochs for trial in trials) < 3, "the scheduler stopped no trial"
+    printed = capsys.readouterr().out
+    number = trials[0].id.rsplit("_", 1)[-1]
+    for epoch in (1, 2, 3):
+        assert f"trial {number} running {epoch}/3 " in printed, "the scheduler did not hear of this epoch"
+    before_first_end = printed[: min(printed.index(word) for word in (" done ", " stopped ") if word in printed)]
+    assert "trial 00000 running 1/3 " in before_first_end
+    assert "trial 00001 running 1/3 " in before_first_end
+    all_cpus = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == all_cpus, "the places of stopped trials", 60)
+
+
+# --- room ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "room"), [({}, 4), ({"search.max_concurrent": 2}, 2)], ids=["all", "limited"])
+def test_never_more_trials_at_once_than_there_is_room_for(
+    changes: dict[str, Any], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_spans(monkeypatch, tmp_path / "spans")
+    space = {"optim.lr": {"choice": [0.01 / (1 + i) for i in range(6)]}}
+    _, trials = run_search(tmp_path / "search", **{"search.space": space, "search.trial_epochs": 2, **changes})
+    assert len(trials) == len(spans(tmp_path / "spans")) == 6
+    assert 2 <= most_at_once(spans(tmp_path / "spans")) <= room
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_spans(monkeypatch, tmp_path / "spans")
+    changes = {"search.space": {"optim.lr": {"choice": [EXPLODES, 0.001]}}, "optim.kind": "sgd", "model.norm": "none",
+               "train.clip_norm": None, "optim.weight_decay": 10.0, "schedule.warmup_share": 0.0}  # fmt: skip
+    config, trials = run_search(tmp_path / "search", **changes)
+    good, failed = trials
+    assert good.failure is None
+    assert good.epochs == 4
+    assert failed.failure is not None
+    assert "the loss is not finite in step " in failed.failure
+    assert "at learning rate 90" in failed.failure
+    best = winner(trials, config)
+    assert best is not None
+    assert best.optim.lr == 0.001
+    assert len(spans(tmp_path / "spans")) == 2, "what cannot be mended was tried again"
+
+
+def test_without_a_trial_that_ended_well_there_is_no_winner(tmp_path: Path) -> None:
+    changes = {"search.space": {"optim.lr": {"choice": [EXPLODES]}}, "optim.kind": "sgd", "model.norm": "none",
+               "train.clip_norm": None, "optim.weight_decay": 10.0, "schedule.warmup_share": 0.0}  # fmt: skip
+    config, trials = run_search(tmp_path / "search", **changes)
+    assert winner(trials, config) is None
+
+
+def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises is raised by a hook at the edge, in the trial's own process: see `test_workers.py`."""
+    run_trial = search._run_trial
+
+    def cramped(sample: dict[str, Any], plan: Any) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        backward = Trainer._backward
+        parts_that_fit = 2 if sample["optim.lr"] == LEARNS else 4
+
+        def limited(self: Trainer, batch: Any, global_size: int) -> Any:
+            if self.config.train.accumulate < parts_that_fit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return backward(self, batch, global_size)
+
+        Trainer._backward = limited  # type: ignore[method-assign]
+        try:
+            run_trial(sample, plan)
+        finally:
+            Trainer._backward = backward  # type: ignore[method-assign]
+
+    monkeypatch.setattr(search, "_run_trial", cramped)
+    space = {"optim.lr": {"choice": [LEARNS, 0.001]}}
+    _, (mended, failed) = run_search(tmp_path / "search", **{"search.space": space, "search.trial_epochs": 2})
+    assert mended.failure is None
+    assert mended.epochs == 2
+    assert last_checkpoint(tmp_path / "search" / mended.id).config.train.accumulate == 2
+    assert failed.failure is not None
+    assert "out of memory in step 0 with data.batch_size 2 in train.accumulate 2 parts" in failed.failure
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    killed: list[int] = []
+
+    def running_epochs() -> dict[Path, int]:
+        return {path.parent: len(logged_epochs(path.parent)) for path in folder.glob("*/metrics.jsonl")}
+
+    def kill_the_trial() -> None:
+        wait_until(lambda: any(running_epochs().values()), "the first epoch of a trial")
+        actors = list_actors(address=ray.get_runtime_context().gcs_address, limit=1000)
+        [victim] = [a.pid for a in actors if a.class_name.endswith("ImplicitFunc") and a.state == "ALIVE"]
+        os.kill(victim, signal.SIGKILL)
+        killed.append(victim)
+
+    killer = threading.Thread(target=kill_the_trial)
+    killer.start()
+    changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "train.epochs": 12}
+    _, [trial] = run_search(folder, **changes)
+    killer.join()
+    assert killed
+    assert trial.failure is None
+    assert logged_epochs(folder / trial.id) == list(range(1, 13))
+    first = json.loads((folder / trial.id / "metrics.jsonl").read_text().split("\n")[0])
+    assert last_checkpoint(folder / trial.id).progress.history[0]["train_s"] == first["train_s"]
