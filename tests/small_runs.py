@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from nuciseg.config import Config, load_config
-from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
+from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, load_checkpoint
+from nuciseg.engine.datasets import TrainingSet, open_training_set
+from nuciseg.engine.inference import Place
+from nuciseg.engine.loop import EpochReport, train
+from nuciseg.engine.network import stride_of
 
 # Four epochs of four steps of a network of two thousand weights, on 16 drawn pairs of nuclei.
 SMALL: dict[str, Any] = {
@@ -71,3 +75,15 @@ def wait_until(true: Callable[[], bool], what: str, limit_s: float = 240.0) -> N
     while not true():
         assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
         time.sleep(0.02)
+
+
+def open_data(config: Config) -> TrainingSet:
+    return open_training_set(config, stride_of(config))
+
+
+def run(
+    config: Config, run_dir: Path, place: Place | None = None, on_epoch: Callable[[EpochReport], None] | None = None
+) -> Progress:
+    return train(
+        config, open_data(config), place or Place(), CheckpointStore(run_dir), on_epoch or (lambda report: None)
+    )

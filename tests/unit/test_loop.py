@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -16,37 +14,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import assert_same_run, figures, last_checkpoint, small_config, wait_until
+from small_runs import assert_same_run, figures, last_checkpoint, open_data, run, small_config, wait_until
 
 from nuciseg.config import Config
-from nuciseg.data.dataset import TrainingLoader
 from nuciseg.engine.checkpoint import (
-    MAX_FOLDERS,
     CheckpointStore,
-    Progress,
     find_checkpoint,
 )
-from nuciseg.engine.datasets import TrainingSet, open_training_set
 from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.loop import EpochReport, Trainer, train
-from nuciseg.engine.network import load_network, stride_of
-from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
+from nuciseg.engine.network import load_network
+from nuciseg.errors import CheckpointError, NonFiniteLossError
 from nuciseg.metrics import Scores
 from nuciseg.optim import learning_rate_at
 
 SPAWN = multiprocessing.get_context("spawn")  # what Ray's workers are: processes that inherit nothing
-
-
-def open_data(config: Config) -> TrainingSet:
-    return open_training_set(config, stride_of(config))
-
-
-def run(
-    config: Config, run_dir: Path, place: Place | None = None, on_epoch: Callable[[EpochReport], None] | None = None
-) -> Progress:
-    return train(
-        config, open_data(config), place or Place(), CheckpointStore(run_dir), on_epoch or (lambda report: None)
-    )
 
 
 class InterruptedOnPurposeError(Exception):
@@ -368,134 +350,3 @@ def test_a_loss_that_is_not_finite_ends_every_worker(tmp_path: Path) -> None:
     messages = on_workers(2, tmp_path / "rendezvous", _fail_together, config, tmp_path / "run")
     steps = {message.split(" in step ")[1].split()[0] for message in messages}
     assert len(steps) == 1
-
-
-# --- failures --------------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_names_step_learning_rate_and_terms(tmp_path: Path) -> None:
-    changes = {
-        "optim.kind": "sgd",
-        "optim.lr": 100.0,
-        "train.clip_norm": None,
-        "model.norm": "none",
-        "optim.weight_decay": 10.0,
-        "schedule.warmup_share": 0.0,
-        "schedule.kind": "constant",
-    }
-    with pytest.raises(NonFiniteLossError) as raised:
-        run(small_config(**changes), tmp_path)
-    message = str(raised.value)
-    assert "in step " in message
-    assert "at learning rate 100" in message
-    for term in ("loss ", "bce ", "dice ", "gradient norm "):
-        assert term in message
-    assert "lower optim.lr" in message
-    assert "\n" not in message
-
-
-def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path: Path) -> None:
-    config = small_config()
-    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
-    before = {name: tensor.clone() for name, tensor in trainer.network.model.state_dict().items()}
-
-    def spoil(module: torch.nn.Module, arguments: Any, logits: torch.Tensor) -> torch.Tensor:
-        return logits * float("nan")
-
-    trainer.network.model.register_forward_hook(spoil)
-    with pytest.raises(NonFiniteLossError, match="in step 0 "):
-        trainer.train_epoch(1)
-    trainer.close()
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.network.model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
-    ],
-    ids=repr,
-)
-def test_a_batch_that_does_not_fit_is_told_with_the_cure(error: Exception, tmp_path: Path) -> None:
-    """The lack of memory is raised by a hook of the network, as its allocator would: no test can fill every machine."""
-    config = small_config()
-    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
-
-    def run_out(module: torch.nn.Module, arguments: Any) -> None:
-        raise error
-
-    trainer.network.model.register_forward_pre_hook(run_out)
-    with pytest.raises(OutOfMemoryError, match=r"data\.batch_size 4 .*raise train\.accumulate"):
-        trainer.run_epoch()
-    trainer.close()
-
-
-def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
-    config = small_config()
-    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
-
-    def fail(module: torch.nn.Module, arguments: Any) -> None:
-        raise RuntimeError("a mistake of ours")
-
-    trainer.network.model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="a mistake of ours"):
-        trainer.run_epoch()
-    trainer.close()
-
-
-# --- when a run ends, and what it keeps ------------------------------------------------------------------------------
-
-
-def test_a_run_without_a_better_score_stops_when_patience_is_over_and_stays_stopped(tmp_path: Path) -> None:
-    # At this learning rate the weights do not change: the first epoch stays the best.
-    still = {"optim.lr": 1e-30, "optim.kind": "sgd", "optim.weight_decay": 0.0, "train.epochs": 9, "train.patience": 2}
-    progress = run(small_config(**still), tmp_path)
-    assert (progress.epoch, progress.best_epoch) == (3, 1)
-    assert run(small_config(**still), tmp_path).epoch == 3
-
-
-def test_there_are_never_more_than_three_checkpoints_and_best_and_last_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = CheckpointStore(tmp_path)
-    counts: list[int] = []
-    replace_name = os.replace
-
-    def counting(source: Any, target: Any) -> None:
-        replace_name(source, target)
-        counts.append(len(list(store.folder.iterdir())))
-
-    monkeypatch.setattr(os, "replace", counting)  # the moment with most folders: written, nothing dropped yet
-    histories: list[list[float]] = []
-
-    def on_epoch(report: EpochReport) -> None:
-        histories.append([row["border_dice"] for row in report.progress.history])
-        scores = histories[-1]
-        best_epoch = scores.index(max(scores)) + 1
-        assert report.progress.best_epoch == best_epoch
-        assert report.is_best == (best_epoch == len(scores))
-        kept = {
-            json.loads((path / "checkpoint.json").read_text())["progress"]["epoch"] for path in store.folder.iterdir()
-        }
-        assert kept == {best_epoch, len(scores)}
-        assert store.best is not None
-        assert store.best.name == f"epoch-{best_epoch:04d}"
-
-    # A learning rate so high that the score goes up and down.
-    config = small_config(**{"optim.lr": 0.3, "train.epochs": 8, "train.ema_decay": None, "model.norm": "batch"})
-    train(config, open_data(config), Place(), store, on_epoch)
-    assert max(counts) <= MAX_FOLDERS
-    scores = histories[-1]
-    assert len(set(scores)) > 1, "the score never changed: the test shows nothing"
-
-
-def test_the_loader_gives_the_same_batches_to_threads_as_without(tmp_path: Path) -> None:
-    config = small_config()
-    data = open_data(config)
-    pixels = []
-    for num_threads in (0, 3):
-        with TrainingLoader(data.training_data, batch_size=4, num_threads=num_threads) as loader:
-            pixels.append([loaded.batch.images_BCHW for loaded in loader.epoch(2) if loaded.batch is not None])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*pixels, strict=True))
