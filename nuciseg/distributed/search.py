@@ -202,13 +202,19 @@ def _run_alone(job: Job, plan: Plan) -> None:
         with handed_over.as_directory() as folder:
             store.adopt(Path(folder))
 
+    reports = 0
+
     def report(epoch: EpochReport) -> None:
+        nonlocal reports
         checkpoint = None
         if population_based and epoch.checkpoint is not None:
             checkpoint = tune.Checkpoint.from_directory(str(epoch.checkpoint))
         tune.report(reported(epoch, job), checkpoint=checkpoint)
+        reports += 1
 
     run_worker(job, Place(device=get_device() if plan.need.gpus else torch.device("cpu")), report)
+    if not reports:  # it had ended when the driver was killed, which may not have heard its last report
+        tune.report(_last_report(job))
 
 
 def _last_report(job: Job) -> dict[str, Any]:
