@@ -14,6 +14,7 @@ more than three.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -240,7 +241,8 @@ def write_json(value: Any, path: Path) -> None:
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ResourceError(_why_not_written(error, path)) from error
 
 

@@ -177,7 +177,8 @@ def test_a_killed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path) -> None
     assert resumed.returncode == 0, resumed.stderr
     legs = read_offline_runs(run_dir)
     assert len(legs) == 2
-    assert {leg.run["id"] for leg in legs} == {"search-0007"}
+    # A leg killed before W&B first wrote to the disk has nothing in it; the next leg then logs its epochs.
+    assert {leg.run["id"] for leg in legs if leg.run} == {"search-0007"}
     assert sorted(legs[0].epochs + legs[1].epochs) == [1, 2, 3, 4, 5, 6]
     steps = [row["_step"] for leg in legs for row in leg.history]
     assert steps == sorted(set(steps))
