@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from nuciseg.errors import (
 from nuciseg.tracking import RunIdentity
 
 RESULTS_FILE = "results.json"
+SAMPLE_FILE = "sample.json"
 TIE_BREAK = "border_dice"  # many trials separate the same number of clusters
 
 
@@ -158,7 +160,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None  # this runs in a trial
     run_dir = plan.folder / trial_id
-    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(sample, run_dir / SAMPLE_FILE)
     failure = noted_failure(run_dir)
     if failure is not None:
         raise failure
@@ -342,10 +344,17 @@ def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
     return trials
 
 
+def _sample_of(run_dir: Path, result: Any) -> Mapping[str, Any]:
+    # Ray keeps it with the reports: after a resumption a trial that failed before its first one has none.
+    path = run_dir / SAMPLE_FILE
+    sample: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else result.config or {}
+    return sample
+
+
 def _trial(result: Any, config: Config, folder: Path) -> Trial:
     trial_id = Path(result.path).name
-    sample = result.config or {}
     run_dir = folder / trial_id
+    sample = _sample_of(run_dir, result)
     last = CheckpointStore(run_dir).last
     # The checkpoint is asked, not Ray: Ray's record of a trial ends with the last report that reached the driver.
     history = load_checkpoint(last).progress.history if last is not None else ()

@@ -1,0 +1,122 @@
+"""`train`: what it prints and leaves, how it is taken up again, and what it answers where it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import SMALL, assert_same_run, figures, last_checkpoint, logged_epochs, wait_until
+
+from nuciseg import train, tune
+from nuciseg.cli import run_verb
+from nuciseg.config import load_config, merged
+from nuciseg.engine.checkpoint import find_checkpoint
+
+COMMAND = [sys.executable, "-m", "nuciseg.train"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(merged(SMALL, {"tracking": {"kind": "jsonl"}})))
+
+
+def answer(*words: str | Path) -> int:
+    """The exit code of the verb, in this process: importing torch once more takes seconds."""
+    with pytest.raises(SystemExit) as exit_:
+        run_verb(lambda: train.main([str(word) for word in words]))
+    return int(str(exit_.value.code))
+
+
+def test_a_run_tells_where_it_is_and_how_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer("--config", "small.yaml", "--run.name", "a", "--train.epochs", "2") == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0] == "run folder: runs/a"
+    assert lines[1].startswith("disk: at most ")
+    assert [line.split("  ")[0] for line in lines if line.startswith("epoch ")] == ["epoch 1/2", "epoch 2/2"]
+    assert f"best checkpoint: {find_checkpoint(Path('runs/a'))}" in lines
+    assert lines[-1] == "metrics: runs/a/metrics.jsonl"
+    assert said.err == ""
+
+
+def test_the_resolved_configuration_given_back_makes_the_same_run() -> None:
+    flags = ("--optim.lr", "0.003", "--optim.kind", "sgd", "--seed", "3", "--train.epochs", "2")
+    assert answer("--config", "small.yaml", "--run.name", "a", *flags) == 0
+    assert answer("--config", "runs/a/config.yaml", "--run.name", "b") == 0
+    first, second = (load_config(Path("runs") / name / "config.yaml") for name in "ab")
+    assert first.optim.lr == 0.003
+    assert second == first.replaced({"run.name": "b"})
+    assert figures(last_checkpoint(Path("runs/a")).progress.history) == figures(
+        last_checkpoint(Path("runs/b")).progress.history
+    )
+
+
+def test_flags_count_more_than_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer("--config", "small.yaml", "--train.epochs", "1", "--run.name", "a", "--model.width", "6") == 0
+    config = load_config(Path("runs/a/config.yaml"))
+    assert (config.train.epochs, config.model.kind, getattr(config.model, "width", None)) == (1, "unet", 6)
+    assert config.data.crop_px == 64
+
+
+def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:
+    words = ("--config", "small.yaml", "--data.synthetic.num_train", "100", "--train.epochs", "8")
+    process = subprocess.Popen([*COMMAND, *words, "--run.name", "killed"], stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(logged_epochs(Path("runs/killed"))) >= 2 or process.poll() is not None, "the second epoch")
+    process.kill()
+    process.wait()
+    assert 2 <= len(logged_epochs(Path("runs/killed"))) < 8
+    assert answer("--resume", "runs/killed") == 0
+    assert logged_epochs(Path("runs/killed")) == list(range(1, 9))
+    assert answer(*words, "--run.name", "undisturbed") == 0
+    assert_same_run(Path("runs/killed"), Path("runs/undisturbed"))
+
+
+def test_a_resumed_run_keeps_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer("--config", "small.yaml", "--train.epochs", "1", "--run.name", "a") == 0
+    capsys.readouterr()
+    assert answer("--resume", "runs/a", "--optim.lr", "0.1") == 2
+    assert "leave out --optim" in capsys.readouterr().err
+    assert answer("--resume", "runs/a", "--config", "small.yaml") == 2
+    assert "leave out --config" in capsys.readouterr().err
+    assert answer("--resume", "runs/a") == 0
+
+
+def test_a_search_is_not_resumed_as_a_run_nor_a_run_as_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    search = {"search": {"space": {"optim.lr": {"uniform": [0.1, 0.2]}}}}
+    Path("search.yaml").write_text(yaml.safe_dump(merged(SMALL, search)))
+    assert answer("--config", "search.yaml", "--train.epochs", "1", "--run.name", "a") == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_verb(lambda: tune.main(["--resume", "runs/a"]))
+    assert "runs/a is a training run, not a search; resume it with `nuciseg train`" in capsys.readouterr().err
+    Path("runs/search").mkdir()
+    Path("runs/a/config.yaml").rename("runs/search/config.yaml")
+    assert answer("--resume", "runs/search") == 2
+    assert "runs/search is a search, not a training run; resume it with `nuciseg tune`" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_sentence_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    explosive = ("--optim.kind", "sgd", "--optim.lr", "100", "--optim.weight_decay", "10", "--train.clip_norm", "null",
+                 "--model.norm", "none", "--run.name", "a")  # fmt: skip
+    assert answer("--config", "small.yaml", *explosive) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("nuciseg: the loss is not finite in step ")
+
+
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_help_shows_types_units_and_defaults(verb: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"nuciseg.{verb}", "--help"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    text = " ".join(done.stdout.split())
+    assert "--optim.lr float" in text
+    assert "--data.crop_px int longest side of a training crop, pixels (default: 192)" in text
+    assert "--resume DIR" in text
+    assert "--config FILE" in text
+    assert ("--no-final" in text) == (verb == "tune")

@@ -1,0 +1,118 @@
+"""`tune` as a process with a Ray of its own: what a search prints and leaves, also where trials fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import SMALL
+
+from nuciseg.config import load_config, merged
+
+GRID = [0.05, 0.01, 90.0]  # the last one explodes
+SEARCH = {
+    "data": {"synthetic": {"num_train": 60}, "batch_size": 2},
+    "augment": {"enabled": False},
+    "model": {"dropout": 0.0, "norm": "none"},
+    "optim": {"kind": "sgd", "weight_decay": 10.0},
+    "schedule": {"kind": "constant", "warmup_share": 0.0},
+    "train": {"epochs": 3, "ema_decay": None, "clip_norm": None},
+    "search": {
+        "sampler": "grid",
+        "scheduler": "none",
+        "trial_epochs": 2,
+        "space": {"optim.lr": {"choice": GRID}},
+    },
+}
+
+
+def tune(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nuciseg.tune", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+
+
+def table_rows(said: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder a search was run in, without training its winner to the end, and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    done = tune(folder, "--config", "search.yaml", "--run.name", "a", "--no-final")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+def test_the_trials_are_ranked_and_the_failed_ones_told_with_their_reason(searched: tuple[Path, str]) -> None:
+    folder, said = searched
+    trials = json.loads((folder / "runs" / "a" / "results.json").read_text())
+    rows = table_rows(said)
+    assert [row[1] for row in rows] == [trial["id"] for trial in trials]
+    assert [row[2] for row in rows[:2]] == [f"{trial['score']:.3f}" for trial in trials[:2]]
+    assert rows[2][2] == "failed"
+    assert rows[2][-1] == "lr=90"
+    assert "1 of 3 trials failed:" in said
+    assert f"{trials[2]['id']}: the loss is not finite in step " in said
+
+
+def test_the_best_configuration_its_checkpoint_and_its_figures_can_be_found(searched: tuple[Path, str]) -> None:
+    folder, said = searched
+    best = json.loads((folder / "runs" / "a" / "results.json").read_text())[0]
+    assert f"optim.lr: {best['sample']['optim.lr']}" in said
+    [line] = [line for line in said.splitlines() if line.startswith("best configuration (whole: ")]
+    path = folder / line.removeprefix("best configuration (whole: ").removesuffix("):")
+    assert load_config(path).optim.lr == best["sample"]["optim.lr"]
+    [checkpoint] = [line for line in said.splitlines() if line.startswith("best checkpoint: ")]
+    assert (folder / checkpoint.removeprefix("best checkpoint: ") / "weights.safetensors").exists()
+    assert not (folder / "runs" / "a" / "final").exists()
+
+
+def test_progress_is_told_in_plain_lines_without_rays_own(searched: tuple[Path, str]) -> None:
+    _, said = searched
+    for epoch in (1, 2):
+        assert f" running {epoch}/2 " in said
+    assert "disk: at most " in said
+    for noise in ("(raylet)", "WARNING", "ray.init", "Current time", "╭"):
+        assert noise not in said
+
+
+@pytest.mark.slow
+def test_a_finished_search_that_is_resumed_tells_the_same(searched: tuple[Path, str]) -> None:
+    """`--no-final` was kept with the search, so that nothing at all is trained."""
+    folder, said = searched
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "a").glob("*/checkpoints/*/*")}
+    done = tune(folder, "--resume", "runs/a")
+    assert done.returncode == 0, done.stderr
+    assert table_rows(done.stdout) == table_rows(said)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs" / "a").glob("*/checkpoints/*/*")} == before
+
+
+@pytest.mark.slow
+def test_the_winner_is_trained_to_the_end_and_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    words = ("--search.space", json.dumps({"optim.lr": {"choice": [0.05]}}))
+    done = tune(tmp_path, "--config", "search.yaml", "--run.name", "a", *words)
+    assert done.returncode == 0, done.stderr
+    final = tmp_path / "runs" / "a" / "final"
+    assert load_config(final / "config.yaml").train.epochs == 3
+    [scores] = final.rglob("scores.json")
+    report = json.loads(scores.read_text())
+    assert report["clusters"] == 2  # the test images, not those of validation
+    assert "test: 2 images" in done.stdout
+
+
+def test_a_search_in_which_every_trial_fails_says_so(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    words = ("--search.space", json.dumps({"optim.lr": {"choice": [90.0]}}))
+    done = tune(tmp_path, "--config", "search.yaml", "--run.name", "a", *words)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("nuciseg: every trial failed")
+    assert "1 of 1 trials failed:" in done.stdout
