@@ -106,15 +106,9 @@ def ray_session() -> Iterator[None]:
     """One Ray instance on this machine for all tests that need one; starting one takes seconds."""
     import ray
 
-    ray.init(
-        num_cpus=NUM_LOGICAL_CPUS,
-        num_gpus=0,
-        # Ray Train frees the placement groups of stopped trials through the State API, which the dashboard serves.
-        include_dashboard=True,
-        object_store_memory=256 * 2**20,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
+    from nuciseg.distributed.cluster import connect
+
+    connect(verbose=False, num_cpus=NUM_LOGICAL_CPUS, num_gpus=0, object_store_memory=256 * 2**20)
     yield
     ray.shutdown()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -22,10 +25,10 @@ class Need:
     gpus: int
 
 
-def connect(verbose: bool) -> None:
+def connect(verbose: bool, **limits: int) -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` names, else start Ray on this machine.
 
-    With a dashboard on the loopback address: Ray Train frees the places of stopped trials through it.
+    `limits` (num_cpus, num_gpus, object_store_memory) are those of `ray.init` for a Ray that is started here.
     """
     quieten(verbose)
     if ray.is_initialized():
@@ -37,19 +40,47 @@ def connect(verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
+    port = _free_port()
     try:
-        ray.init(
-            include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=verbose,
-            configure_logging=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-        )
+        with _dashboard_known_to_workers(port):
+            ray.init(
+                include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                log_to_driver=verbose,
+                configure_logging=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                **limits,
+            )
     except ConnectionError as error:
         raise ResourceError(
             f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')!r} ({error}); start it with `ray start`, "
             "or unset RAY_ADDRESS to use this machine"
         ) from None
+
+
+@contextmanager
+def _dashboard_known_to_workers(port: int) -> Iterator[None]:
+    """What is started in the block inherits the dashboard's address.
+
+    Ray Train frees the places of stopped trials by asking the dashboard. Left to itself it looks for Ray's processes
+    on the machine, and where another Ray runs there too it gives up, so that the next trial waits for ever.
+    """
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def quieten(verbose: bool) -> None:
