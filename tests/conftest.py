@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Decoded images go to a cache of this session, which its child processes share and which is gone at the end."""
+    """Decoded images go to a cache of this test run, which its child processes share and which is gone at the end."""
     cache = tempfile.TemporaryDirectory(prefix="nuciseg-cache-", ignore_cleanup_errors=True)
     os.environ["NUCISEG_CACHE"] = cache.name
     config.add_cleanup(cache.cleanup)
