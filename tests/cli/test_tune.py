@@ -108,6 +108,7 @@ def test_the_winner_is_trained_to_the_end_and_evaluated(tmp_path: Path) -> None:
     assert "test: 2 images" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_search_in_which_every_trial_fails_says_so(tmp_path: Path) -> None:
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
     words = ("--search.space", json.dumps({"optim.lr": {"choice": [90.0]}}))
