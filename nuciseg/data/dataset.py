@@ -32,7 +32,7 @@ class NormalizationConfig(Section):
 
     With `ignore_extremes` exact zeros become -1 and saturated pixels 3 whatever the image's contrast: the zeroed
     background of a cut-out cluster and the border drawn on it are marks, not intensities, and a network that has to
-    tell them from dark and bright nuclei by a small difference learns the foreground late (measured).
+    tell them from dark and bright nuclei by a small difference seems to learn the foreground late.
     """
 
     low_percentile: float = Field(1.0, ge=0, lt=50, description="percentile of the image that becomes 0, per cent")
