@@ -65,7 +65,7 @@ def train(root: Path, epochs: int, seed: int, num_workers: int, folder: Path) ->
         *(sys.executable, "-m", "nuciseg.train", *NETWORK),
         *("--data.root", str(root), "--seed", str(seed), "--train.epochs", str(epochs), "--train.calibrate", "false"),
         *("--scale.num_workers", str(num_workers), "--scale.cpus_per_worker", "1", "--data.batch_size", "16"),
-        *("--tracking.kind", "jsonl", "--run.storage_path", str(folder), "--run.name", name),
+        *("--tracking.kind", "none", "--run.storage_path", str(folder), "--run.name", name),
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = read_metrics(folder / name / METRICS_FILE)

@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--tracking.kind", dest="tracking_kind", metavar="NAME",
-        help="where the scores are logged: auto, wandb, offline, jsonl or none (default: the checkpoint's)",
+        help="where the scores are logged: auto, wandb, offline or none (default: the checkpoint's)",
     )  # fmt: skip
     return parser
 

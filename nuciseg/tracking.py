@@ -12,7 +12,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +40,10 @@ IDENTITY_FILE = "tracking.json"
 class TrackingConfig(Section):
     """Where the figures of a run are logged. The W&B key never stands here: W&B finds it itself."""
 
-    kind: Literal["auto", "wandb", "offline", "jsonl", "none"] = Field(
+    kind: Literal["auto", "wandb", "offline", "none"] = Field(
         "auto",
         description="auto: W&B online where a key is configured (`wandb login` or WANDB_API_KEY), else W&B offline in "
-        "the run's folder; wandb: online, a missing key is an error; jsonl: metrics.jsonl alone; none: no file",
+        "the run's folder; wandb: online, a missing key is an error; none: no W&B, metrics.jsonl alone",
     )
     project: str = Field("nuciseg", min_length=1, max_length=128, description="W&B project: the study")
     entity: str | None = Field(None, description="W&B user or team; none: the key's own")
@@ -51,52 +51,11 @@ class TrackingConfig(Section):
     num_overlays: int = Field(16, ge=0, le=16, description="validation pictures logged, the same ones each time")
 
 
-class Tracker(Protocol):
-    """What the training loop tells. Called from rank 0 only; no call waits for a network."""
+class Tracker:
+    """`metrics.jsonl` for the epochs and, unless `wandb_run` is None, everything to W&B.
 
-    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """The figures of one epoch. An epoch that the run has already is left as it is."""
-
-    def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Pictures by image id, each rgb_HWC uint8."""
-
-    def log_image_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The table of per-image scores: rows with the same keys."""
-
-    def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ("best", "latest")) -> None:
-        """The files of a checkpoint folder, which must stay until they are uploaded."""
-
-    def log_summary(self, values: Mapping[str, Any]) -> None:
-        """Figures about the whole run."""
-
-    def finish(self, exit_code: int) -> None:
-        """End the run; 0 is success."""
-
-
-class NoTracker:
-    """Logs nothing."""
-
-    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
-        pass
-
-    def log_image_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ("best", "latest")) -> None:
-        pass
-
-    def log_summary(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def finish(self, exit_code: int) -> None:
-        pass
-
-
-class RunTracker:
-    """`metrics.jsonl` for the epochs and, unless `wandb_run` is None, everything to W&B."""
+    Called from rank 0 only; no call waits for a network.
+    """
 
     def __init__(self, run_dir: Path, identity: RunIdentity, wandb_run: WandbRun | None) -> None:
         self._path = run_dir / METRICS_FILE
@@ -105,6 +64,7 @@ class RunTracker:
         self._epochs = {int(row["epoch"]) for row in read_metrics(self._path)}
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """The figures of one epoch. An epoch that the run has already is left as it is."""
         if epoch not in self._epochs:
             self._epochs.add(epoch)
             row = {"epoch": epoch, **{key: _finite(value) for key, value in metrics.items() if key != "epoch"}}
@@ -114,22 +74,27 @@ class RunTracker:
             self._wandb_run.log_epoch(epoch, metrics)
 
     def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Pictures by image id, each rgb_HWC uint8."""
         if self._wandb_run is not None and overlays:
             self._wandb_run.log_overlays(epoch, overlays)
 
     def log_image_scores(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The table of per-image scores: rows with the same keys."""
         if self._wandb_run is not None and rows:
             self._wandb_run.log_table("image_scores", rows)
 
     def log_checkpoint(self, folder: Path, aliases: Sequence[str] = ("best", "latest")) -> None:
+        """The files of a checkpoint folder, which must stay until they are uploaded."""
         if self._wandb_run is not None:
             self._wandb_run.log_checkpoint(f"model-{self._identity.id}", folder, aliases)
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Figures about the whole run."""
         if self._wandb_run is not None:
             self._wandb_run.log_summary(values)
 
     def finish(self, exit_code: int) -> None:
+        """End the run; 0 is success."""
         if self._wandb_run is not None:
             self._wandb_run.finish(exit_code)
 
@@ -150,8 +115,6 @@ def open_tracker(
     Raises ConfigError where W&B is demanded without a key or the folder belongs to another run, DataError for a
     damaged `metrics.jsonl`, ResourceError where the folder cannot be written.
     """
-    if config.kind == "none":
-        return NoTracker()
     earlier = read_identity(run_dir)
     if earlier is not None and earlier.id != identity.id:
         raise ConfigError(f"{run_dir} holds the run {earlier.id!r}, not {identity.id!r}: give each run its own folder")
@@ -165,7 +128,7 @@ def open_tracker(
             else open_run(mode, config.project, config.entity, config.tags, identity, run_dir, resolved_config, verbose)
         )
         _write_identity(run_dir, identity, wandb_run.url if wandb_run else None)
-        tracker = RunTracker(run_dir, identity, wandb_run)
+        tracker = Tracker(run_dir, identity, wandb_run)
         rows = {int(row["epoch"]): row for row in (*read_metrics(run_dir / METRICS_FILE), *history)}
         for epoch in sorted(rows):
             tracker.log_epoch(epoch, rows[epoch])
@@ -175,7 +138,7 @@ def open_tracker(
 
 
 def _wandb_mode(config: TrackingConfig, verbose: bool) -> Mode | None:
-    if config.kind == "jsonl":
+    if config.kind == "none":
         return None
     if config.kind == "offline":
         return "offline"

@@ -79,7 +79,7 @@ def test_the_evaluation_is_a_run_of_its_own_in_the_group_of_the_run(tiny_run: Pa
     run_dir, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(tiny_run, run_dir)
     trained = RunIdentity("trial-7", "unet 7", group="the-search", job_type="train")
-    open_tracker(TrackingConfig(kind="jsonl"), trained, run_dir, {}).finish(0)
+    open_tracker(TrackingConfig(kind="none"), trained, run_dir, {}).finish(0)
     for _ in range(2):  # the second goes on with the same W&B run
         assert evaluate("--checkpoint", run_dir, "--out", out, "--tracking.kind", "offline") == 0
     report = json.loads((out / "scores.json").read_text())

@@ -29,7 +29,7 @@ PLAIN = {
     "search.sampler": "grid",
     "search.scheduler": "none",
     "search.space": {"optim.lr": {"choice": [LEARNS, *STAYS]}},
-    "tracking.kind": "jsonl",
+    "tracking.kind": "none",
     "train.ema_decay": None,
     "data.synthetic.num_train": 60,
     "data.batch_size": 2,

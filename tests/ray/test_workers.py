@@ -34,7 +34,7 @@ TWO_WORKERS = {
     "data.synthetic.num_train": 60,
     "data.batch_size": 5,
     "train.epochs": 5,
-    "tracking.kind": "jsonl",
+    "tracking.kind": "none",
 }
 WORKER = "RayTrainWorker"
 

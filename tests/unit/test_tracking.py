@@ -255,7 +255,7 @@ def test_offline_no_process_touches_the_network(tmp_path: Path) -> None:
 def test_wandb_is_not_imported_where_it_is_not_used(tmp_path: Path) -> None:
     code = textwrap.dedent(LOOP) + "\nassert 'wandb' not in sys.modules\n"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run"), "1", "2", "end", "jsonl"],
+        [sys.executable, "-c", code, str(tmp_path / "run"), "1", "2", "end", "none"],
         capture_output=True,
         text=True,
         check=False,
@@ -265,7 +265,7 @@ def test_wandb_is_not_imported_where_it_is_not_used(tmp_path: Path) -> None:
 
 
 def test_json_lines_have_no_nan_and_no_epoch_twice(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(kind="jsonl"), IDENTITY, tmp_path, {})
+    tracker = open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path, {})
     tracker.log_epoch(1, {"loss": float("nan"), "score": np.float32(0.5)})
     tracker.log_epoch(1, {"loss": 2.0})
     tracker.finish(0)
@@ -273,26 +273,19 @@ def test_json_lines_have_no_nan_and_no_epoch_twice(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_none_leaves_no_file(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path / "run", {})
-    tracker.log_epoch(1, {"loss": 1.0})
-    tracker.finish(0)
-    assert not (tmp_path / "run").exists()
-
-
 def test_errors_say_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     with pytest.raises(ConfigError, match="wandb login"):
         open_tracker(TrackingConfig(kind="wandb"), IDENTITY, tmp_path / "run", {})
-    open_tracker(TrackingConfig(kind="jsonl"), IDENTITY, tmp_path / "run", {})
+    open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path / "run", {})
     other = RunIdentity("search-0008", "unet", "search", "tune")
     with pytest.raises(ConfigError, match=r"search-0007.*own folder"):
-        open_tracker(TrackingConfig(kind="jsonl"), other, tmp_path / "run", {})
+        open_tracker(TrackingConfig(kind="none"), other, tmp_path / "run", {})
     (tmp_path / "run" / "metrics.jsonl").write_text('{"epoch": 1}\nrubbish\n{"epoch": 3}\n')
     with pytest.raises(DataError, match="line 2"):
-        open_tracker(TrackingConfig(kind="jsonl"), IDENTITY, tmp_path / "run", {})
+        open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path / "run", {})
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="another folder"):
-        open_tracker(TrackingConfig(kind="jsonl"), IDENTITY, tmp_path / "file" / "run", {})
+        open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path / "file" / "run", {})
     with pytest.raises(ConfigError, match="a/b"):
         RunIdentity("a/b", "name", "group", "train")
