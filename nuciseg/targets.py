@@ -29,6 +29,7 @@ from pydantic import Field
 from skimage.segmentation import watershed
 
 from nuciseg.section import Section
+from nuciseg.straight_cuts import best_cut, divide
 from nuciseg.types import Instances
 
 FloatImage = NDArray[np.float32]
@@ -63,7 +64,14 @@ class DecodeConfig(Section):
         ge=0,
         lt=1,
         description="parts narrower than this share of a neighbour's width join it too: rims beyond an outline and "
-        "specks within a line are no nuclei; 0: all parts may be",
+        "specks within a line are no nuclei; those without a neighbour vanish if narrower than this share of the "
+        "image's median nucleus; 0: all parts may be",
+    )
+    min_nuclei: int = Field(
+        default=1,
+        ge=1,
+        description="how many nuclei an image is known to hold at least, 2 if every image is a cluster: where fewer "
+        "were found, the region with the best straight cut is divided there; an image without foreground stays empty",
     )
 
 
@@ -138,21 +146,21 @@ def build_target(config: TouchingBorderConfig | FullBorderConfig) -> Target:
 
 def decode_grid(
     config: TouchingBorderConfig | FullBorderConfig,
-) -> list[TouchingBorderConfig | FullBorderConfig]:
-    """`config` itself, then the same target with other decode parameters, to choose among on validation maps."""
-    alternatives = [
-        DecodeConfig(
-            foreground_threshold=config.decode.foreground_threshold,
-            border_threshold=border_threshold,
-            gap_closing=gap_closing,
-            min_area_px=config.decode.min_area_px,
-            min_width_share=min_width_share,
-        )
-        for border_threshold in (0.2, 0.35, 0.5)
-        for gap_closing in (0.3, 0.45, 0.55, 0.65)
-        for min_width_share in (0.0, 0.2)
+) -> list[list[TouchingBorderConfig | FullBorderConfig]]:
+    """`config` with other border thresholds (rows) and gap closings (columns), to choose among on validation maps."""
+    return [
+        [
+            config.model_copy(
+                update={
+                    "decode": config.decode.model_copy(
+                        update={"border_threshold": border_threshold, "gap_closing": gap_closing}
+                    )
+                }
+            )
+            for gap_closing in (0.1, 0.2, 0.3, 0.45, 0.6)
+        ]
+        for border_threshold in (0.1, 0.2, 0.35, 0.5)
     ]
-    return [config] + [config.model_copy(update={"decode": d}) for d in alternatives if d != config.decode]
 
 
 @lru_cache(maxsize=64)
@@ -195,6 +203,8 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     hills_HW = np.where(flat_HW, num_hills - 1 + pieces_HW, hills_HW)
     group_of = _join_hills(hills_HW, height_HW, num_hills - 1 + num_flat, config)
     labels_HW = group_of[hills_HW].astype(np.int32)
+    labels_HW = _without_specks(labels_HW, inside_HW, config.min_width_share)
+    _divide_until(config.min_nuclei, labels_HW, border_HW)
     return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
 
 
@@ -265,6 +275,33 @@ def _join_hills(hills_HW: LabelImage, height_HW: FloatImage, num_hills: int, con
     number = np.zeros(num_hills, np.int64)
     number[kept] = np.arange(1, len(kept) + 1)
     return number[root]
+
+
+def _without_specks(labels_HW: LabelImage, inside_HW: Mask, min_width_share: float) -> LabelImage:
+    """The labels without nuclei that stand alone and are much narrower than the image's median nucleus."""
+    num_bins = int(labels_HW.max(initial=0)) + 1
+    if num_bins <= 2 or not min_width_share:
+        return labels_HW
+    half_width = np.zeros(num_bins)
+    np.maximum.at(half_width, labels_HW.ravel(), _distance_to_zero(inside_HW).ravel())
+    passes = _passes(labels_HW, np.ones(labels_HW.shape, np.float32))
+    kept = half_width >= min_width_share * np.median(half_width[1:])
+    kept[np.concatenate([passes.first, passes.second])] = True
+    kept[0] = False
+    return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[labels_HW]
+
+
+def _divide_until(min_nuclei: int, labels_HW: LabelImage, border_HW: FloatImage) -> None:
+    """Divide regions in place, best cut first, until there are `min_nuclei`, or none can be divided."""
+    num_nuclei = int(labels_HW.max(initial=0))
+    while 0 < num_nuclei < min_nuclei:
+        cuts = [(label, best_cut(labels_HW == label, border_HW)) for label in range(1, num_nuclei + 1)]
+        possible = [(cut.cost, label, cut) for label, cut in cuts if cut is not None]
+        if not possible:
+            return
+        _, label, cut = min(possible, key=lambda each: each[:2])
+        num_nuclei += 1
+        labels_HW[divide(labels_HW == label, cut)] = num_nuclei
 
 
 def _confidences(labels_HW: LabelImage, height_HW: FloatImage, foreground_HW: FloatImage) -> NDArray[np.float32]:

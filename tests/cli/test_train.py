@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from small_runs import SMALL, assert_same_run, figures, last_checkpoint, logged_epochs, wait_until
+from small_runs import SMALL, assert_same_run, figures, last_checkpoint, logged_epochs, open_data, wait_until
 
 from nuciseg import train, tune
 from nuciseg.cli import run_verb
 from nuciseg.config import load_config, merged
-from nuciseg.engine.checkpoint import find_checkpoint
+from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
+from nuciseg.engine.inference import score_samples
+from nuciseg.engine.network import load_network
+from nuciseg.metrics import Scores
+from nuciseg.targets import decode_grid
 
 COMMAND = [sys.executable, "-m", "nuciseg.train"]
 
@@ -21,7 +26,7 @@ COMMAND = [sys.executable, "-m", "nuciseg.train"]
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("small.yaml").write_text(yaml.safe_dump(merged(SMALL, {"tracking": {"kind": "jsonl"}})))
+    Path("small.yaml").write_text(yaml.safe_dump(merged(SMALL, {"tracking": {"kind": "none"}})))
 
 
 def answer(*words: str | Path) -> int:
@@ -60,6 +65,18 @@ def test_flags_count_more_than_the_file(capsys: pytest.CaptureFixture[str]) -> N
     config = load_config(Path("runs/a/config.yaml"))
     assert (config.train.epochs, config.model.kind, getattr(config.model, "width", None)) == (1, "unet", 6)
     assert config.data.crop_px == 64
+
+
+def test_the_decoding_is_calibrated_on_validation() -> None:
+    words = ("--train.epochs", "1", "--run.name", "a", "--train.calibrate", "true", "--target.decode.min_nuclei", "2")
+    assert answer("--config", "small.yaml", *words) == 0
+    checkpoint = load_checkpoint(find_checkpoint(Path("runs/a")))
+    assert checkpoint.config.target in [candidate for row in decode_grid(checkpoint.config.target) for candidate in row]
+    assert checkpoint.config.target.decode.min_nuclei == 2
+    data = open_data(checkpoint.config)
+    network, _ = load_network(find_checkpoint(Path("runs/a")), torch.device("cpu"))
+    scores = Scores.total(score_samples(network, data.samples, data.split.validation)).flat_summary()
+    assert scores.items() <= checkpoint.scores.items()
 
 
 def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:

@@ -126,6 +126,38 @@ def test_a_bent_nucleus_is_not_cut(config: AnyConfig) -> None:
     assert instances.confidences_N == pytest.approx(1)
 
 
+@both_targets
+def test_a_speck_alone_is_no_nucleus(config: AnyConfig) -> None:
+    labels_HW = draw_labels(3, 4)
+    target = build_target(config)
+    maps_KHW = target.encode(labels_HW)
+    maps_KHW[0, 112:116, 2:12] = 1  # 4 px wide, 40 px large: above min_area_px
+    assert np.array_equal(target.decode(maps_KHW).labels_HW, target.decode(target.encode(labels_HW)).labels_HW)
+    keep_all = build_target(config.model_copy(update={"decode": DecodeConfig(min_width_share=0)}))
+    assert keep_all.decode(maps_KHW).labels_HW[113, 5] > 0
+
+
+@both_targets
+@pytest.mark.parametrize("faint", [0.0, 0.004])
+def test_a_cluster_without_a_visible_border_is_divided_all_the_same(config: AnyConfig, faint: float) -> None:
+    """Two disks that overlap: at the waist by shape alone, or where the border is faint by far."""
+    y, x = np.mgrid[:80, :120]
+    labels_HW = np.where(np.hypot(x - 42, y - 40) <= np.hypot(x - 78, y - 40), 1, 2)
+    labels_HW[np.minimum(np.hypot(x - 42, y - 40), np.hypot(x - 78, y - 40)) > 30] = 0
+    maps_KHW = np.stack([(labels_HW > 0).astype(np.float32), np.full(labels_HW.shape, 0.001, np.float32)])
+    maps_KHW[1, build_target(TouchingBorderConfig()).encode(labels_HW.astype(np.int32))[1] > 0] += faint
+    alone = build_target(config.model_copy(update={"decode": DecodeConfig(gap_closing=0)}))
+    assert alone.decode(maps_KHW).labels_HW.max() == 1
+    known = build_target(config.model_copy(update={"decode": DecodeConfig(gap_closing=0, min_nuclei=2)}))
+    divided = known.decode(maps_KHW)
+    assert np.array_equal(divided.labels_HW > 0, labels_HW > 0)
+    assert same_nuclei(divided.labels_HW, labels_HW.astype(np.int32))
+    assert np.mean(divided.labels_HW == np.where(divided.labels_HW[40, 30] == 1, labels_HW, 3 - labels_HW)) > 0.7
+    assert max(divided.confidences_N) < 0.5  # a person should look
+    empty = np.zeros_like(maps_KHW)
+    assert known.decode(empty).labels_HW.max() == 0
+
+
 def test_confidence_falls_with_the_gap() -> None:
     target = build_target(TouchingBorderConfig())
     labels_HW = np.zeros((50, 90), np.int32)
@@ -198,11 +230,14 @@ def test_a_nucleus_hidden_by_its_outline_is_kept() -> None:
 
 @both_targets
 def test_the_calibration_grid_changes_decoding_alone(config: AnyConfig) -> None:
-    grid = decode_grid(config)
-    assert grid[0] == config
-    assert 10 <= len(grid) <= 30
-    assert len({candidate.decode for candidate in grid}) == len(grid)
-    assert all(candidate.model_copy(update={"decode": config.decode}) == config for candidate in grid)
+    known = config.model_copy(update={"decode": DecodeConfig(min_nuclei=2, min_area_px=7)})
+    grid = decode_grid(known)
+    assert len({len(row) for row in grid}) == 1
+    candidates = [candidate for row in grid for candidate in row]
+    assert 10 <= len(candidates) <= 30
+    assert len({candidate.decode for candidate in candidates}) == len(candidates)
+    assert all(candidate.model_copy(update={"decode": known.decode}) == known for candidate in candidates)
+    assert all(candidate.decode.min_nuclei == 2 and candidate.decode.min_area_px == 7 for candidate in candidates)
 
 
 def test_configuration_is_chosen_by_kind_and_checked() -> None:
