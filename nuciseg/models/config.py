@@ -86,11 +86,6 @@ class TimmConfig(Section):
     def _known_encoder(cls, name: str) -> str:
         return check_encoder_name(name)
 
-    @field_validator("pretrained")
-    @classmethod
-    def _null_spellings(cls, pretrained: str | None) -> str | None:
-        return None if pretrained in ("", "none") else pretrained
-
     @model_validator(mode="after")
     def _package_exists_for_encoder(self) -> TimmConfig:
         if self.pretrained == "package":

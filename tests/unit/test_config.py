@@ -54,6 +54,16 @@ def test_a_verbs_own_base_loses_to_yaml(tmp_path: Path) -> None:
     assert (config.train.epochs, config.train.patience) == (7, 4)
 
 
+@pytest.mark.parametrize("word", ["none", "null"])
+def test_none_in_words_is_no_value_where_there_may_be_none(word: str, tmp_path: Path) -> None:
+    config = from_command_line("--train.clip_norm", word, "--model.kind", "timm", "--model.pretrained", word)
+    assert (config.train.clip_norm, getattr(config.model, "pretrained", "")) == (None, None)
+    text = f"train: {{clip_norm: {word}}}\nmodel: {{kind: unet, norm: none}}\nsearch: {{scheduler: none}}\n"
+    from_file = load_config(yaml_file(tmp_path, text))
+    assert (from_file.train.clip_norm, from_file.search.scheduler) == (None, "none")
+    assert getattr(from_file.model, "norm", None) == "none"
+
+
 def test_flags_take_none_booleans_lists_and_paths() -> None:
     config = from_command_line(
         "--train.clip_norm", "null", "--augment.enabled", "false", "--data.root", "some/folder",
