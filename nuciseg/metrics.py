@@ -17,7 +17,7 @@ clusters, IoU without matches, AP per image without images).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,6 +42,14 @@ METRIC_NAMES: Final = (
     "border_dice",
 )
 """Keys of `Scores.flat_summary` that trials and checkpoints can be ranked by; for all of them higher is better."""
+
+TIE_BREAK: Final = "ap_mean_per_image"
+"""Many networks separate the same number of clusters; this says which outlines the nuclei better."""
+
+
+def rank(scores: Mapping[str, float], metric: str) -> tuple[float, float]:
+    """What networks are compared by: `metric` and, where it is equal, `TIE_BREAK`; higher is better."""
+    return scores[metric], scores[TIE_BREAK]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
     from nuciseg.distributed.space import describe
 
     table = Table(title=f"{len(trials)} trials, ranked by validation {config.train.metric}")
-    for heading in ("rank", "trial", "score", "border Dice", "epochs", "s"):
+    for heading in ("rank", "trial", "score", "mean AP", "epochs", "s"):
         table.add_column(heading, no_wrap=True)
     table.add_column("settings")
     for rank, trial in enumerate(trials, start=1):

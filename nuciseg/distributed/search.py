@@ -40,11 +40,11 @@ from nuciseg.errors import (
     ResourceError,
     TrainingError,
 )
+from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
 
 RESULTS_FILE = "results.json"
 SAMPLE_FILE = "sample.json"
-TIE_BREAK = "border_dice"  # many trials separate the same number of clusters
 
 
 @dataclass(frozen=True)
@@ -359,12 +359,12 @@ def _trial(result: Any, config: Config, folder: Path) -> Trial:
     # The checkpoint is asked, not Ray: Ray's record of a trial ends with the last report that reached the driver.
     history = load_checkpoint(last).progress.history if last is not None else ()
     failure = noted_failure(run_dir) or result.error
-    best = max(history, key=lambda row: (row[config.train.metric], row[TIE_BREAK]), default=None)
+    best = max(history, key=lambda row: rank(row, config.train.metric), default=None)
     return Trial(
         id=trial_id,
         sample=sample,
-        score=float(best[config.train.metric]) if best else -math.inf,
-        tie_break=float(best[TIE_BREAK]) if best else -math.inf,
+        score=rank(best, config.train.metric)[0] if best else -math.inf,
+        tie_break=rank(best, config.train.metric)[1] if best else -math.inf,
         epochs=len(history),
         seconds=sum(row["train_s"] + row["validation_s"] for row in history),
         failure=None if failure is None else str(failure).strip().splitlines()[-1],

@@ -11,7 +11,7 @@ from scipy.ndimage import uniform_filter
 from nuciseg.data.dataset import SampleStore
 from nuciseg.engine.inference import Probabilities, predict_probabilities, score_probabilities
 from nuciseg.engine.network import Network
-from nuciseg.metrics import Scores
+from nuciseg.metrics import Scores, rank
 from nuciseg.targets import LabelImage, TargetConfig, build_target, decode_grid
 
 
@@ -38,4 +38,4 @@ def steadiest(ranks_RCS: NDArray[np.float64]) -> tuple[int, int]:
 def _rank(config: TargetConfig, found: Sequence[tuple[Probabilities, LabelImage]], metric: str) -> tuple[float, float]:
     target = build_target(config)
     scores = Scores.total(score_probabilities(target, each, labels_HW) for each, labels_HW in found).flat_summary()
-    return scores[metric], scores["ap_mean_per_image"]
+    return rank(scores, metric)

@@ -27,7 +27,7 @@ from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.network import Network, build_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
-from nuciseg.metrics import ImageScores, Scores
+from nuciseg.metrics import ImageScores, Scores, rank
 from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, set_learning_rate
 from nuciseg.types import Batch
 
@@ -92,9 +92,8 @@ class Trainer:
         validation = Scores.total(image_scores).flat_summary()
         metrics = {"epoch": epoch, **training, **validation, "validation_s": time.perf_counter() - start}
 
-        score = metrics[self.config.train.metric]
-        best = max((row[self.config.train.metric] for row in self.progress.history), default=float("-inf"))
-        is_best = score > best
+        metric = self.config.train.metric
+        is_best = all(rank(metrics, metric) > rank(row, metric) for row in self.progress.history)
         self.progress = replace(
             self.progress,
             epoch=epoch,

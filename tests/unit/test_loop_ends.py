@@ -115,10 +115,10 @@ def test_there_are_never_more_than_three_checkpoints_and_best_and_last_stay(
         counts.append(len(list(store.folder.iterdir())))
 
     monkeypatch.setattr(os, "replace", counting)  # the moment with most folders: written, nothing dropped yet
-    histories: list[list[float]] = []
+    histories: list[list[tuple[float, float]]] = []
 
     def on_epoch(report: EpochReport) -> None:
-        histories.append([row["border_dice"] for row in report.progress.history])
+        histories.append([(row["border_dice"], row["ap_mean_per_image"]) for row in report.progress.history])
         scores = histories[-1]
         best_epoch = scores.index(max(scores)) + 1
         assert report.progress.best_epoch == best_epoch

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from nuciseg.metrics import IOU_PERCENTS, METRIC_NAMES, ImageScores, Scores, score_image
+from nuciseg.metrics import IOU_PERCENTS, METRIC_NAMES, ImageScores, Scores, rank, score_image
 
 Labels = NDArray[np.int32]
 small_labels = arrays(np.int32, (7, 8), elements=st.integers(0, 4))
@@ -169,3 +169,9 @@ def test_metric_names_can_be_ranked_by() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match=r"image 'x'.*\(10, 20\).*\(20, 10\)"):
         score_image("x", two_nuclei(), two_nuclei().T, two_nuclei() > 0, two_nuclei() > 0)
+
+
+def test_equal_scores_are_ranked_by_how_well_the_nuclei_are_outlined() -> None:
+    good, better = ({"cluster_score": 0.9, "ap_mean_per_image": ap, "border_dice": 1 - ap} for ap in (0.7, 0.8))
+    assert rank(better, "cluster_score") > rank(good, "cluster_score")
+    assert rank(better, "border_dice") < rank(good, "border_dice")
