@@ -79,7 +79,9 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("settings")
     for rank, trial in enumerate(trials, start=1):
-        scores = (f"{trial.score:.3f}", f"{trial.tie_break:.3f}") if trial.failure is None else ("failed", "")
+        scores = ["-" if score is None else f"{score:.3f}" for score in (trial.score, trial.tie_break)]
+        if trial.failure is not None:
+            scores = ["failed", ""]
         spent = (str(trial.epochs), f"{trial.seconds:.0f}")
         table.add_row(str(rank), trial.id, *scores, *spent, describe(trial.sample))
     Console().print(table)

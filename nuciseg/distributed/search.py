@@ -59,12 +59,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one trial. `failure` is None unless it failed."""
+    """What became of one trial. `failure` is None unless it failed; without an epoch there are no scores."""
 
     id: str
     sample: Mapping[str, Any]
-    score: float
-    tie_break: float
+    score: float | None
+    tie_break: float | None
     epochs: int
     seconds: float
     failure: str | None
@@ -72,7 +72,12 @@ class Trial:
     @property
     def rank(self) -> tuple[bool, float, float]:
         """Greater is better; what failed comes last."""
-        return (self.failure is None, self.score, self.tie_break)
+        lowest = -math.inf
+        return (
+            self.failure is None,
+            lowest if self.score is None else self.score,
+            lowest if self.tie_break is None else self.tie_break,
+        )
 
 
 def check_search(config: Config, *, verbose: bool) -> None:
@@ -359,12 +364,12 @@ def _trial(result: Any, config: Config, folder: Path) -> Trial:
     # The checkpoint is asked, not Ray: Ray's record of a trial ends with the last report that reached the driver.
     history = load_checkpoint(last).progress.history if last is not None else ()
     failure = noted_failure(run_dir) or result.error
-    best = max(history, key=lambda row: rank(row, config.train.metric), default=None)
+    best = max((rank(row, config.train.metric) for row in history), default=(None, None))
     return Trial(
         id=trial_id,
         sample=sample,
-        score=rank(best, config.train.metric)[0] if best else -math.inf,
-        tie_break=rank(best, config.train.metric)[1] if best else -math.inf,
+        score=best[0],
+        tie_break=best[1],
         epochs=len(history),
         seconds=sum(row["train_s"] + row["validation_s"] for row in history),
         failure=None if failure is None else str(failure).strip().splitlines()[-1],

@@ -104,7 +104,8 @@ def test_asha_stops_the_trials_that_do_not_learn(stopped_by_asha: Searched) -> N
 def test_trials_are_ranked_by_the_chosen_score(stopped_by_asha: Searched) -> None:
     folder, config, trials, _ = stopped_by_asha
     assert trials[0].sample["optim.lr"] == LEARNS
-    scores = [trial.score for trial in trials]
+    scores = [trial.score for trial in trials if trial.score is not None]
+    assert len(scores) == len(trials)
     assert scores == sorted(scores, reverse=True)
     for trial in trials:
         history = last_checkpoint(folder / trial.id).progress.history
@@ -248,6 +249,10 @@ def test_without_a_trial_that_ended_well_there_is_no_winner(tmp_path: Path) -> N
                "train.clip_norm": None, "optim.weight_decay": 10.0, "schedule.warmup_share": 0.0}  # fmt: skip
     config, trials = run_search(tmp_path / "search", **changes)
     assert winner(trials, config) is None
+    [written] = json.loads(
+        (tmp_path / "search" / "results.json").read_text(), parse_constant=lambda text: f"not JSON: {text}"
+    )
+    assert written["score"] is None
 
 
 def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
