@@ -265,7 +265,9 @@ class TrainingData:
             inside = slice(top, top + own)
             images[row] = normalized.zero_value
             images[row, :, inside, inside] = placed.image_SSC.transpose(2, 0, 1)
-            targets[row, :, inside, inside] = self.target.encode(placed.labels_SS)
+            # What lies beyond the image is not known to be outside a nucleus, so its edge is no outline.
+            labels_SS = np.where(placed.valid_SS, placed.labels_SS, -1)
+            targets[row, :, inside, inside] = self.target.encode(labels_SS)
             valid[row, inside, inside] = placed.valid_SS
         ids = tuple(self.samples.ids[index] for index in part)
         return LoadedBatch(_batch(images, targets, valid, ids), len(planned.indices))

@@ -22,6 +22,7 @@ from nuciseg.data.dataset import (
     normalize,
     padding_share,
 )
+from nuciseg.targets import FullBorderConfig, build_target
 from nuciseg.types import Sample
 
 
@@ -234,3 +235,19 @@ def test_evaluation_batches_are_whole_images_of_like_size() -> None:
     np.testing.assert_array_equal(batch.images_BCHW[3, 0, :rows, :columns].numpy(), expected)
     assert (batch.images_BCHW[3, 0][~batch.valid_BHW[3]] == expected[0, 0]).all()
     assert batch.ids[3] == f"image{batches[0][3]}"
+
+
+def test_the_edge_of_an_image_is_no_outline_in_training_nor_in_evaluation() -> None:
+    class Filled(Store):
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(np.full((40, 50, 1), 90, np.uint8), np.ones((40, 50), np.int32))
+
+    store, target = Filled([(40, 50)]), build_target(FullBorderConfig())
+    data = TrainingData(store, (0,), NormalizationConfig(), Augmenter(AugmentConfig()), target, 128, 3, 32)
+    [loaded] = TrainingLoader(data, 1, num_threads=0).epoch(1)
+    assert loaded.batch is not None
+    evaluated = evaluation_batch(store, [0], NormalizationConfig(), target, 32)
+    for batch in (loaded.batch, evaluated):
+        foreground, outline = batch.targets_BKHW[0]
+        assert foreground.any()
+        assert not outline[batch.valid_BHW[0]].any()
