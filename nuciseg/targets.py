@@ -67,6 +67,13 @@ class DecodeConfig(Section):
         "specks within a line are no nuclei; those without a neighbour vanish if narrower than this share of the "
         "image's median nucleus; 0: all parts may be",
     )
+    border_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="a border that ends within a nucleus divides it along a straight cut if it shows along this share "
+        "of the cut at least, fainter parts counting less; 1: never",
+    )
     min_nuclei: int = Field(
         default=1,
         ge=1,
@@ -136,7 +143,7 @@ class Target:
         (1 for a closed border or no neighbour, less the wider the gap that had to be bridged).
         """
         foreground_HW, border_HW = np.asarray(probabilities_KHW, np.float32)
-        return _separate(foreground_HW, border_HW, self.config.decode)
+        return _separate(foreground_HW, border_HW, self.config.decode, self.config.width_px)
 
 
 def build_target(config: TouchingBorderConfig | FullBorderConfig) -> Target:
@@ -182,7 +189,7 @@ def _line_between(labels_HW: LabelImage16 | FloatImage, width_px: int) -> Mask:
     return np.asarray((largest_HW > 0) & (smallest_HW < largest_HW))
 
 
-def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeConfig) -> Instances:
+def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeConfig, width_px: int) -> Instances:
     """Cut the foreground into nuclei along the border, closing the border's gaps.
 
     The distance to the nearest outside or border pixel is a landscape whose hills are the nuclei; the pass between two
@@ -204,6 +211,8 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     group_of = _join_hills(hills_HW, height_HW, num_hills - 1 + num_flat, config)
     labels_HW = group_of[hills_HW].astype(np.int32)
     labels_HW = _without_specks(labels_HW, inside_HW, config.min_width_share)
+    if config.border_share < 1:
+        _divide_where_borders_end(labels_HW, border_HW, config, width_px)
     _divide_until(config.min_nuclei, labels_HW, border_HW)
     return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
 
@@ -289,6 +298,27 @@ def _without_specks(labels_HW: LabelImage, inside_HW: Mask, min_width_share: flo
     kept[np.concatenate([passes.first, passes.second])] = True
     kept[0] = False
     return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[labels_HW]
+
+
+def _divide_where_borders_end(
+    labels_HW: LabelImage, border_HW: FloatImage, config: DecodeConfig, width_px: int
+) -> None:
+    """Divide regions in place in which a border is left that separates nothing."""
+    spent = _disk(2 * width_px + 3)  # so near to another nucleus, a border lies between the two, if a little bent
+    pending = list(range(1, int(labels_HW.max(initial=0)) + 1))
+    while pending:
+        label = pending.pop()
+        region_HW = labels_HW == label
+        others_HW = (labels_HW > 0) & ~region_HW
+        near_others_HW = cv2.dilate(others_HW.astype(np.uint8), spent) > 0
+        left_HW = np.where(near_others_HW, np.float32(0), border_HW)
+        if np.count_nonzero(region_HW & (left_HW >= config.border_threshold)) < config.min_area_px / 2:
+            continue
+        cut = best_cut(region_HW, left_HW)
+        if cut is not None and cut.border_share >= config.border_share:
+            new_label = int(labels_HW.max()) + 1
+            labels_HW[divide(region_HW, cut)] = new_label
+            pending += [label, new_label]
 
 
 def _divide_until(min_nuclei: int, labels_HW: LabelImage, border_HW: FloatImage) -> None:

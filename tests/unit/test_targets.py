@@ -158,6 +158,28 @@ def test_a_cluster_without_a_visible_border_is_divided_all_the_same(config: AnyC
     assert known.decode(empty).labels_HW.max() == 0
 
 
+@both_targets
+def test_a_border_that_ends_within_a_nucleus_divides_it(config: AnyConfig) -> None:
+    """Three nuclei in a row; the second border is drawn half-way only and then fades."""
+    labels_HW = np.zeros((60, 150), np.int32)
+    labels_HW[8:52, 8:53], labels_HW[8:52, 53:98], labels_HW[8:52, 98:142] = 1, 2, 3
+    maps_KHW = np.stack([(labels_HW > 0).astype(np.float32), np.full(labels_HW.shape, 0.001, np.float32)])
+    lines_HW = build_target(TouchingBorderConfig()).encode(labels_HW)[1] > 0
+    maps_KHW[1, lines_HW] = 1
+    maps_KHW[1, 30:, 90:106][lines_HW[30:, 90:106]] = 0.03
+
+    def num_nuclei(border_share: float, maps_KHW: NDArray[np.float32] = maps_KHW) -> int:
+        decode = DecodeConfig(gap_closing=0, border_share=border_share)
+        target = build_target(config.model_copy(update={"decode": decode}))
+        return int(target.decode(maps_KHW).labels_HW.max())
+
+    assert num_nuclei(1.0) == 2
+    assert num_nuclei(0.6) == 3
+    assert num_nuclei(0.9) == 2
+    maps_KHW[1, :, 90:106][lines_HW[:, 90:106]] = 0.03  # nowhere certain: no border ends there
+    assert num_nuclei(0.6) == 2
+
+
 def test_confidence_falls_with_the_gap() -> None:
     target = build_target(TouchingBorderConfig())
     labels_HW = np.zeros((50, 90), np.int32)
