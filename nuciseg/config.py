@@ -105,7 +105,8 @@ class SearchConfig(Section):
     """What `tune` tries."""
 
     space: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="dotted config key: {ray.tune sampler: arguments}"
+        default_factory=dict,
+        description="dotted config key: {ray.tune sampler: arguments}; where given, the default's lines are dropped",
     )
     num_trials: int = Field(8, ge=1, description="trials; the grid sampler tries the whole grid instead")
     max_hours: float | None = Field(None, gt=0, description="the search ends after this time; none: no limit")
@@ -175,17 +176,18 @@ def put(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 _KIND_IS_A_CHOICE = ("optim", "schedule", "tracking")  # here every kind has the same keys
+_TAKEN_WHOLE = ("space",)  # search.space has the user's own keys: two of them mixed are neither's search
 
 
 def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """Both mappings section by section; where both have a value the stronger one's counts.
 
-    A section whose `kind` changes starts afresh, because another kind has other keys.
+    A section whose `kind` changes starts afresh, because another kind has other keys; so does `search.space`.
     """
     result = dict(weaker)
     for key, value in stronger.items():
         before = result.get(key)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and key not in _TAKEN_WHOLE:
             other_kind = "kind" in value and value["kind"] != before.get("kind", value["kind"])
             starts_afresh = other_kind and key not in _KIND_IS_A_CHOICE
             result[key] = dict(value) if starts_afresh else merged(before, value)
@@ -204,13 +206,20 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Co
 
 def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Defaults < the YAML file at `path` < `overrides` (nested mapping)."""
-    values = read_yaml(path) if path is not None else {}
-    source = str(path) if path else "flags"
-    return parse_config(merged(merged(_defaults(), values), overrides or {}), source)
+    return _layered({}, path, overrides or {})
 
 
-def _defaults() -> dict[str, Any]:
-    return Config().model_dump(mode="json")
+def _layered(base: Mapping[str, Any], path: Path | None, flags: Mapping[str, Any]) -> Config:
+    """Defaults < `base` < the YAML file at `path` < `flags`; raises ConfigError that names the one at fault."""
+    values = merged(Config().model_dump(mode="json"), base)
+    if path is not None:
+        values = merged(values, read_yaml(path))
+    try:
+        return parse_config(merged(values, flags), "flags")
+    except ConfigError:
+        if path is not None:
+            parse_config(values, str(path))  # raises where the file is wrong without the flags, too
+        raise
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -268,11 +277,7 @@ def config_from_args(
     source: CliSettingsSource[Any], args: argparse.Namespace, base: Mapping[str, Any] | None = None
 ) -> Config:
     """Defaults < `base` < `--config` < flags, validated; raises ConfigError."""
-    flags = source(parsed_args=args)()
-    config_path: Path | None = args.config
-    values = merged(merged(_defaults(), base or {}), read_yaml(config_path) if config_path else {})
-    config = parse_config(merged(values, flags), source=str(config_path) if config_path else "flags")
-    return _with_whole_paths(config)
+    return _with_whole_paths(_layered(base or {}, args.config, source(parsed_args=args)()))
 
 
 def _with_whole_paths(config: Config) -> Config:

@@ -104,6 +104,23 @@ def test_another_optimizer_keeps_the_learning_rate() -> None:
     assert (config.optim.kind, config.optim.lr) == ("sgd", 0.5)
 
 
+SPACE = "{optim.lr: {uniform: [1e-3, 1e-2]}}"
+
+
+@pytest.mark.parametrize("where", ["flag", "file"])
+def test_a_search_space_that_is_given_takes_the_place_of_the_one_below(tmp_path: Path, where: str) -> None:
+    below = {"search": {"num_trials": 3, "space": {"optim.lr": {"loguniform": [0.1, 0.2]}, "seed": {"choice": [1]}}}}
+    if where == "flag":
+        path = yaml_file(tmp_path, yaml.safe_dump(below))
+        words = ("--config", str(path), "--search.space", '{"optim.lr": {"uniform": [1e-3, 1e-2]}}')
+        search = from_command_line(*words).search
+    else:
+        path = yaml_file(tmp_path, f"search: {{space: {SPACE}}}\n")
+        search = from_command_line("--config", str(path), base=below).search
+    assert search.space == {"optim.lr": {"uniform": [1e-3, 1e-2]}}
+    assert search.num_trials == 3
+
+
 def test_merging_changes_neither_side() -> None:
     weaker, stronger = {"a": {"b": 1}}, {"a": {"c": 2}}
     assert merged(weaker, stronger) == {"a": {"b": 1, "c": 2}}
@@ -195,6 +212,16 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 def test_a_flag_out_of_range_is_named() -> None:
     with pytest.raises(ConfigError, match=r"data\.batch_size is '?0'?: "):
         from_command_line("--data.batch_size", "0")
+
+
+def test_a_fault_is_told_of_the_file_or_of_the_flags(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "data: {batch_size: 8}\ntrain: {accumulate: 16}\n")
+    with pytest.raises(ConfigError, match=rf"^{path}: train\.accumulate 16"):
+        from_command_line("--config", str(path), "--seed", "1")
+    assert from_command_line("--config", str(path), "--data.batch_size", "16").train.accumulate == 16
+    for words in (("--data.batch_size", "0"), ("--data.batch_size", "16", "--optim.lr", "fast")):
+        with pytest.raises(ConfigError, match=r"^flags: (data\.batch_size|optim\.lr) is "):
+            from_command_line("--config", str(yaml_file(tmp_path, "seed: 1\n")), *words)
 
 
 def test_keys_of_every_kind_are_known() -> None:
