@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import cv2
 import imageio.v3 as iio
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from nuciseg.data.formats import detect_format, get_format, labels, nucleus
+from nuciseg.data.formats import FormatName, detect_format, get_format, labels, nucleus, synthetic
 from nuciseg.errors import ConfigError, DataError
 
 
@@ -62,6 +63,23 @@ def test_nucleus_records(nucleus_root: Path) -> None:
     assert detect_format(flat).NAME == "nucleus"
     for split in ("train", "test", "anything"):
         assert nucleus.read(flat, split) == records
+
+
+def test_a_part_counts_more_than_what_lies_beside_it(nucleus_root: Path) -> None:
+    image_HW, solution_HW = draw_cluster()
+    write_pair(nucleus_root, "beside.png", image_HW, solution_HW)
+    assert [record.id for record in nucleus.read(nucleus_root, "train")] == ["0_crop", "1_crop", "2_crop"]
+    assert [record.id for record in nucleus.read(nucleus_root, "test")] == ["beside"]
+
+
+def test_16_bit_images_hold_the_same_nuclei(nucleus_root: Path) -> None:
+    record = nucleus.read(nucleus_root, "train")[0]
+    eight = nucleus.load(record)
+    iio.imwrite(nucleus_root / "train" / "0_crop.png", eight.image_HWC[..., 0].astype(np.uint16) * 257)
+    sixteen = nucleus.load(record)
+    assert sixteen.image_HWC.dtype == np.uint16
+    assert sixteen.image_HWC.max() == 65535
+    np.testing.assert_array_equal(sixteen.labels_HW, eight.labels_HW)
 
 
 def test_nuclei_touch_and_cover_the_line(nucleus_root: Path) -> None:
@@ -249,6 +267,8 @@ def test_formats_are_found_by_name() -> None:
     assert get_format("labels").NAME == "labels"
     with pytest.raises(ConfigError, match=r"no folder layout 'coco'; choose data\.format from auto, nucleus, labels"):
         get_format("coco")
+    folders = set(get_args(FormatName)) - {"auto", synthetic.NAME}
+    assert {get_format(name).NAME for name in folders} == folders
 
 
 needs_data = pytest.mark.skipif("NUCISEG_DATA" not in os.environ, reason="NUCISEG_DATA names no data folder")

@@ -1,7 +1,7 @@
 """Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `detect`, `read` and `load`.
 
-A new folder layout is one such module, named once in `_FORMATS`. `synthetic` draws its samples from a configuration
-instead of a folder, so it is never detected and its `read` and `load` take that configuration.
+A new folder layout is one such module, named below in `FormatName` and `_FORMATS`. `synthetic` draws its samples from a
+configuration instead of a folder, so it is never detected and its `read` and `load` take that configuration.
 """
 
 from __future__ import annotations

@@ -19,10 +19,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def split_folder(root: Path, split: str, parts: Sequence[str]) -> Path:
-    """`root/split`, or `root` itself where it holds the sub-folders `parts`: then it serves as any split."""
+    """`root/split`; where there is none, `root` itself if it holds the sub-folders `parts`.
+
+    Such a `root` serves as any split: whoever scores "test" has to see that these are not the images trained on.
+    """
     if not root.is_dir():
         raise DataError(f"The data folder {root} does not exist; check data.root.")
-    folder = root if all((root / part).is_dir() for part in parts) else root / split
+    folder = root / split
+    if not folder.is_dir() and all((root / part).is_dir() for part in parts):
+        return root
     if not folder.is_dir():
         raise DataError(f"The folder {folder} does not exist; make it for the split '{split}' or name another split.")
     for part in parts:

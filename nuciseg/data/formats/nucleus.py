@@ -1,8 +1,8 @@
 """The layout of the Kaggle data set gnovis/nucleus: nucleus clusters, and solutions with the border of every nucleus.
 
 `ROOT/{train,test}/X.png` beside `ROOT/{train,test}/solutions/X.png`, or ROOT itself being one such folder. Images are
-8-bit grey: 0 outside the cluster, the cluster's outer border drawn in 255. Solutions are of the same size, 255 on the
-complete border of every nucleus and 0 elsewhere.
+8- or 16-bit grey: 0 outside the cluster, the cluster's outer border drawn in the highest value (255 or 65535).
+Solutions are 8-bit and of the same size, 255 on the complete border of every nucleus and 0 elsewhere.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def read(root: Path, split: str) -> list[Record]:
 
 
 def load(record: Record) -> Sample:
-    """Decode one pair: `image_HWC` uint8 with C = 1, `labels_HW` int32 (see `labels_from_solution`).
+    """Decode one pair: `image_HWC` uint8 or uint16 with C = 1, `labels_HW` int32 (see `labels_from_solution`).
 
-    Raises `DataError` for an image that is not 8-bit grey, a solution of another size, and a solution that encloses
-    no nucleus.
+    Raises `DataError` for a file that is not grey, a solution that is not 8-bit or of another size, and a solution that
+    encloses no nucleus.
     """
     assert record.image_path is not None
-    image_HW, solution_HW = _read_8_bit(record.image_path), _read_8_bit(record.label_paths[0])
+    image_HW, solution_HW = read_image(record.image_path), _read_solution(record.label_paths[0])
     if image_HW.shape != solution_HW.shape:
         raise DataError(
             f"{record.label_paths[0]} is {solution_HW.shape[0]} x {solution_HW.shape[1]} pixels (height x width) and "
@@ -70,7 +70,7 @@ def load(record: Record) -> Sample:
     return Sample(image_HW[..., None], labels_HW)
 
 
-def labels_from_solution(image_HW: NDArray[np.uint8], solution_HW: NDArray[np.uint8]) -> NDArray[np.int32]:
+def labels_from_solution(image_HW: NDArray[np.generic], solution_HW: NDArray[np.uint8]) -> NDArray[np.int32]:
     """The nuclei that a drawn border encloses: int32, 0 background, 1..N from the top left.
 
     A nucleus is a 4-connected region without border that does not touch the image's edge and whose median in the
@@ -84,12 +84,12 @@ def labels_from_solution(image_HW: NDArray[np.uint8], solution_HW: NDArray[np.ui
     ids_N = np.arange(1, regions_HW.max() + 1)
     if ids_N.size == 0:
         return regions_HW
-    holes_N = ids_N[np.asarray(ndimage.median(image_HW, regions_HW, ids_N)) == 0]
+    holes_N = ids_N[np.asarray(ndimage.median(image_HW.astype(np.float32), regions_HW, ids_N)) == 0]
     labels_HW = relabel(np.where(np.isin(regions_HW, holes_N), 0, regions_HW).astype(np.int32))
     return regrow(labels_HW, border_HW, MAX_BORDER_DEPTH_PX)
 
 
-def _read_8_bit(path: Path) -> NDArray[np.uint8]:
+def _read_solution(path: Path) -> NDArray[np.uint8]:
     pixels_HW = read_image(path)
     if pixels_HW.dtype != np.uint8:
         raise DataError(f"{path} holds {pixels_HW.dtype} pixels; convert it to 8 bit, with the border drawn in 255.")
