@@ -207,12 +207,6 @@ def epoch_batches(
     return [full[i] for i in rng.permutation(len(full))] + short
 
 
-def padding_share(batches: Sequence[PlannedBatch], canvases_px: dict[int, int]) -> float:
-    """Share of all pixels that images carry beyond their own canvas because of their batch; 0 is best."""
-    used = sum(canvases_px[index] ** 2 for batch in batches for index in batch.indices)
-    return 1 - used / sum(len(batch.indices) * batch.canvas_px**2 for batch in batches)
-
-
 # --------------------------------------------------------------------------------------------------- training
 @dataclass(frozen=True)
 class LoadedBatch:
@@ -270,13 +264,8 @@ class TrainingData:
             targets[row, :, inside, inside] = self.target.encode(labels_SS)
             valid[row, inside, inside] = placed.valid_SS
         ids = tuple(self.samples.ids[index] for index in part)
-        return LoadedBatch(_batch(images, targets, valid, ids), len(planned.indices))
-
-
-def _batch(
-    images: NDArray[np.float32], targets: NDArray[np.float32], valid: NDArray[np.bool_], ids: tuple[str, ...]
-) -> Batch:
-    return Batch(torch.from_numpy(images), torch.from_numpy(targets), torch.from_numpy(valid), ids)
+        batch = Batch(torch.from_numpy(images), torch.from_numpy(targets), torch.from_numpy(valid), ids)
+        return LoadedBatch(batch, len(planned.indices))
 
 
 class TrainingLoader:
@@ -318,9 +307,9 @@ class TrainingLoader:
         """Batches of an epoch: the same for every worker."""
         return -(-len(self.data.indices) // self.batch_size)
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[LoadedBatch]:
-        """The batches of an epoch in order, from `start_batch` on; an exception of a thread is raised here."""
-        plan = iter(self.data.plan(epoch, self.batch_size)[start_batch:])
+    def epoch(self, epoch: int) -> Iterator[LoadedBatch]:
+        """The batches of an epoch in order; an exception of a thread is raised here."""
+        plan = self.data.plan(epoch, self.batch_size)
         if self._pool is None:
             yield from (self._load(planned, epoch) for planned in plan)
             return
@@ -350,29 +339,20 @@ def evaluation_batches(indices: Sequence[int], shapes: Sequence[Sequence[int]], 
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def evaluation_batch(
-    samples: SampleStore,
-    indices: Sequence[int],
-    normalization: NormalizationConfig,
-    target: TargetEncoder,
-    multiple: int,
-) -> Batch:
-    """Whole images, not augmented, padded at the bottom and the right to a common multiple of `multiple`.
+def evaluation_images(
+    samples: SampleStore, indices: Sequence[int], normalization: NormalizationConfig, multiple: int
+) -> torch.Tensor:
+    """Whole images (B, C, H, W), not augmented, padded at the bottom and the right to a common multiple of `multiple`.
 
-    The padding is raw 0, normalised like its image, and not valid; nor are pixels with negative labels.
+    The padding is raw 0, normalised like its image.
     """
-    loaded = [samples[index] for index in indices]
-    height = round_up(max(sample.labels_HW.shape[0] for sample in loaded), multiple)
-    width = round_up(max(sample.labels_HW.shape[1] for sample in loaded), multiple)
-    images = np.zeros((len(loaded), loaded[0].image_HWC.shape[2], height, width), np.float32)
-    targets = np.zeros((len(loaded), len(target.map_names), height, width), np.float32)
-    valid = np.zeros((len(loaded), height, width), np.bool_)
-    for row, sample in enumerate(loaded):
-        rows, columns = sample.labels_HW.shape
-        bounds = normalization_bounds(sample.image_HWC, normalization)
+    loaded = [samples[index].image_HWC for index in indices]
+    height = round_up(max(image_HWC.shape[0] for image_HWC in loaded), multiple)
+    width = round_up(max(image_HWC.shape[1] for image_HWC in loaded), multiple)
+    images = np.zeros((len(loaded), loaded[0].shape[2], height, width), np.float32)
+    for row, image_HWC in enumerate(loaded):
+        rows, columns, _ = image_HWC.shape
+        bounds = normalization_bounds(image_HWC, normalization)
         images[row] = padding_value(bounds, normalization)
-        normalized_HWC = normalize(sample.image_HWC, normalization, bounds)
-        images[row, :, :rows, :columns] = normalized_HWC.transpose(2, 0, 1)
-        targets[row, :, :rows, :columns] = target.encode(sample.labels_HW)
-        valid[row, :rows, :columns] = sample.labels_HW >= 0
-    return _batch(images, targets, valid, tuple(samples.ids[index] for index in indices))
+        images[row, :, :rows, :columns] = normalize(image_HWC, normalization, bounds).transpose(2, 0, 1)
+    return torch.from_numpy(images)

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from nuciseg.data.dataset import SampleStore, evaluation_batch, evaluation_batches
+from nuciseg.data.dataset import SampleStore, evaluation_batches, evaluation_images
 from nuciseg.engine.network import Network
 from nuciseg.metrics import ImageScores, score_image
 from nuciseg.targets import Target
-from nuciseg.types import Batch, Instances
+from nuciseg.types import Instances
 
 EVALUATION_BATCH_SIZE = 8  # fixed: with another composition of batches the last digits of floats may differ
 
@@ -45,11 +45,10 @@ def predict_probabilities(
     config = network.config.data.normalization
     batches = evaluation_batches(indices, samples.shapes, EVALUATION_BATCH_SIZE)
     for batch_indices in batches[place.rank :: place.world_size]:
-        batch = evaluation_batch(samples, batch_indices, config, network.target, network.stride)
-        probabilities_BKHW = _forward(network, batch)
+        probabilities_BKHW = _forward(network, evaluation_images(samples, batch_indices, config, network.stride))
         for row, index in enumerate(batch_indices):
             height, width = samples.shapes[index][:2]
-            yield Probabilities(index, batch.ids[row], probabilities_BKHW[row, :, :height, :width])
+            yield Probabilities(index, samples.ids[index], probabilities_BKHW[row, :, :height, :width])
 
 
 def score_samples(
@@ -102,10 +101,10 @@ def predict_instances(
 
 
 @torch.inference_mode()
-def _forward(network: Network, batch: Batch) -> NDArray[np.float32]:
-    batch = batch.to(network.precision.device)
-    views = [_turned(batch.images_BCHW, view) for view in range(network.num_views)]
-    found = [_turned_back(_probabilities(network, images_BCHW), view) for view, images_BCHW in enumerate(views)]
+def _forward(network: Network, images_BCHW: torch.Tensor) -> NDArray[np.float32]:
+    images_BCHW = images_BCHW.to(network.precision.device)
+    views = [_turned(images_BCHW, view) for view in range(network.num_views)]
+    found = [_turned_back(_probabilities(network, turned_BCHW), view) for view, turned_BCHW in enumerate(views)]
     probabilities: NDArray[np.float32] = torch.stack(found).mean(dim=0).cpu().numpy()
     return probabilities
 
