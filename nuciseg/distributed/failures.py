@@ -6,8 +6,12 @@ restarted workers find the note and stop at once, and whoever waits for the run 
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
@@ -46,3 +50,22 @@ def forget_failure(run_dir: Path) -> None:
     """Before a run is taken up again by hand. Its configuration file has the parts that the batch was cut into."""
     for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def with_one_retry(run: Callable[[], object], run_dir: Path) -> None:
+    """Run, and once more where memory ran out: the batch is cut into twice as many parts then."""
+    if _ran_out_of_memory(run, run_dir):
+        # Not in an except block: the error's traceback would keep the first attempt's tensors alive.
+        gc.collect()
+        torch.cuda.empty_cache()
+        run()
+
+
+def _ran_out_of_memory(run: Callable[[], object], run_dir: Path) -> bool:
+    try:
+        run()
+    except OutOfMemoryError:
+        if noted_failure(run_dir) is not None:
+            raise
+        return True
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,23 +24,16 @@ from ray.tune.search.sample import Integer
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
-from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure
+from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.space import build_space, configure, describe
 from nuciseg.distributed.training import fit_workers, reported
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
+from nuciseg.engine.datasets import check_data
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NucisegError,
-    OutOfMemoryError,
-    ResourceError,
-    TrainingError,
-)
+from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
 
@@ -120,11 +114,13 @@ def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
     """
     folder = folder.resolve()  # Ray takes a relative path for an address
     config = read_search_config(folder)
+    check_data(config)  # a drive that is not there yet must not end every trial
     plan = _plan(config, folder, verbose)
+    _concurrent_trials(config, plan.need)
     if not tune.Tuner.can_restore(str(folder)):
         return config, start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
     for run_dir in folder.iterdir():
-        if run_dir.is_dir() and isinstance(noted_failure(run_dir), ResourceError):
+        if not isinstance(noted_failure(run_dir), TrainingError | None):
             forget_failure(run_dir)
     tuner = tune.Tuner.restore(
         str(folder),
@@ -156,8 +152,11 @@ def winner(trials: Sequence[Trial], base: Config) -> Config | None:
 
 
 def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
-    """One trial. What trying again cannot mend stands noted in its folder; raised, it would be tried again."""
-    with contextlib.suppress(ConfigError, DataError, CheckpointError, TrainingError):
+    """One trial. A training that cannot go on is over; what a user may mend is raised, so that `--resume` tries again.
+
+    Both stand noted in the trial's folder, where the last table finds the reason.
+    """
+    with contextlib.suppress(TrainingError):
         _attempt(sample, plan)
 
 
@@ -179,12 +178,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
         # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.
         tune.report(_last_report(job))
         return
-    try:
-        _run_alone(job, plan)
-    except OutOfMemoryError:
-        if noted_failure(run_dir) is not None:
-            raise
-        _run_alone(job, plan)  # the batch is cut into twice as many parts now
+    with_one_retry(partial(_run_alone, job, plan), run_dir)
 
 
 def _trial_job(sample: Mapping[str, Any], plan: Plan, trial_id: str) -> Job:
@@ -298,11 +292,7 @@ def _population_based(config: Config, space: Mapping[str, Any]) -> PopulationBas
     if config.search.sampler == "optuna":
         raise ConfigError("search.scheduler pbt draws by itself: set search.sampler to random")
     belongs_to_weights = ("model", "target", "data", "optim.kind", "train.ema_decay")
-    fixed = [
-        key
-        for key in space
-        if (key in belongs_to_weights or key.split(".")[0] in belongs_to_weights) and key != "data.batch_size"
-    ]
+    fixed = [key for key in space if key in belongs_to_weights or key.split(".")[0] in belongs_to_weights]
     if fixed:
         raise ConfigError(f"search.space.{fixed[0]}: pbt hands weights from trial to trial, so this key must be fixed")
     return PopulationBasedTraining(
@@ -340,6 +330,8 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
 
 
 def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
+    # Tune would take Ctrl+C for the regular end of the search: its winner would be trained and evaluated.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     results = tuner.fit()
     trials = sorted((_trial(each, plan.base, plan.folder) for each in results), key=lambda t: t.rank, reverse=True)
     for trial in trials:
@@ -364,7 +356,7 @@ def _trial(result: Any, config: Config, folder: Path) -> Trial:
     # The checkpoint is asked, not Ray: Ray's record of a trial ends with the last report that reached the driver.
     history = load_checkpoint(last).progress.history if last is not None else ()
     failure = noted_failure(run_dir) or result.error
-    best = max((rank(row, config.train.metric) for row in history), default=(None, None))
+    best = _best_rank(run_dir, config.train.metric)
     return Trial(
         id=trial_id,
         sample=sample,
@@ -374,3 +366,9 @@ def _trial(result: Any, config: Config, folder: Path) -> Trial:
         seconds=sum(row["train_s"] + row["validation_s"] for row in history),
         failure=None if failure is None else str(failure).strip().splitlines()[-1],
     )
+
+
+def _best_rank(run_dir: Path, metric: str) -> tuple[float, float] | tuple[None, None]:
+    # Not the best of the history: with population-based training that may belong to another trial's weights.
+    best = CheckpointStore(run_dir).best
+    return rank(load_checkpoint(best).scores, metric) if best is not None else (None, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -12,14 +12,15 @@ import ray.train.torch
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from nuciseg.config import Config, ScaleConfig
 from nuciseg.distributed.cluster import Need, connect, quieten, require_room, worker_need
-from nuciseg.distributed.failures import noted_failure
+from nuciseg.distributed.failures import note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import OutOfMemoryError, ResourceError, TrainingError
+from nuciseg.errors import ResourceError, TrainingError
 
 
 def check_room(config: Config, *, verbose: bool) -> None:
@@ -40,17 +41,15 @@ def run_training(job: Job) -> None:
     Raises NucisegError.
     """
     quieten(job.verbose)
+    check_room(job.config, verbose=job.verbose)
     scale = job.config.scale
     if scale.num_workers == 1 and not _gpu_is_elsewhere(scale, job.verbose):
         if scale.cpus_per_worker is not None:
             torch.set_num_threads(scale.cpus_per_worker)
         trainer = TorchTrainer(train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0))
-        _fit_with_one_retry(trainer.fit, job)
+        with_one_retry(trainer.fit, job.run_dir)
         return
-    connect(job.verbose)
-    need = worker_need(scale, for_trial=False)
-    require_room(scale.num_workers, need)
-    fit_workers(job, need, callbacks=[])
+    fit_workers(job, worker_need(scale, for_trial=False), callbacks=[])
 
 
 def _gpu_is_elsewhere(scale: ScaleConfig, verbose: bool) -> bool:
@@ -84,7 +83,13 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise noted_failure(job.run_dir) or TrainingError(_first_line(error)) from error
+        failure = noted_failure(job.run_dir)
+        if failure is None:
+            if any(isinstance(each, UserExceptionWithTraceback) for each in _worker_failures(error)):
+                raise  # a mistake of ours: its traceback is wanted
+            failure = TrainingError(f"the workers died more than run.max_failures times: {_last_line(error)}")
+            note_failure(job.run_dir, failure)
+        raise failure from error
     failure = noted_failure(job.run_dir)
     if failure is not None:
         raise failure
@@ -100,9 +105,16 @@ def train_loop(arguments: dict[str, Any]) -> None:
     place = Place(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        device=ray.train.torch.get_device() if distributed or torch.cuda.is_available() else torch.device("cpu"),
+        device=_device(job.config.scale, distributed),
     )
     run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)))
+
+
+def _device(scale: ScaleConfig, distributed: bool) -> torch.device:
+    """A group of workers was given what `scale` asks for; one alone must ask itself."""
+    if distributed or (scale.use_gpu is not False and torch.cuda.is_available()):
+        return torch.device(ray.train.torch.get_device())
+    return torch.device("cpu")
 
 
 def reported(epoch: EpochReport, job: Job) -> dict[str, Any]:
@@ -115,15 +127,10 @@ def reported(epoch: EpochReport, job: Job) -> dict[str, Any]:
     }
 
 
-def _fit_with_one_retry(fit: Callable[[], Any], job: Job) -> None:
-    try:
-        fit()
-    except OutOfMemoryError:
-        if noted_failure(job.run_dir) is not None:
-            raise
-        fit()  # the batch is cut into twice as many parts now
+def _worker_failures(error: ray.train.TrainingFailedError) -> Iterable[BaseException]:
+    return dict(getattr(error, "worker_failures", {})).values()
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"the workers died too often: {lines[-1] if lines else type(error).__name__}"
+    return lines[-1] if lines else type(error).__name__

@@ -25,7 +25,7 @@ CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.json"
 FINISHED_FILE = "finished.json"
 IMAGES_FILE = "validation_images.json"
-OVERLAY_EVERY_EPOCHS = 5
+OVERLAYS_EVERY_EPOCHS = 5  # and after each of the first: a scheduler may stop the run there
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Diary:
         self.tracker.log_epoch(epoch, report.metrics)
         if report.is_best:
             self._write_images(report.image_scores)
-        if epoch % OVERLAY_EVERY_EPOCHS == 0 or epoch == self.config.train.epochs:
+        if epoch <= OVERLAYS_EVERY_EPOCHS or epoch % OVERLAYS_EVERY_EPOCHS == 0 or epoch == self.config.train.epochs:
             # A fixed panel: the same validation images each time.
             panel = self.data.split.validation[: self.config.tracking.num_overlays]
             overlays = {}

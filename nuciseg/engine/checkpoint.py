@@ -178,16 +178,18 @@ class CheckpointStore:
         return path
 
     def adopt(self, folder: Path) -> None:
-        """Go on from another run's checkpoint: it becomes the only one here."""
-        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        path = self._path(metadata["progress"]["epoch"])
+        """Go on from another run's checkpoint: it becomes the only one here. One of this run's own changes nothing."""
+        handed_over = _progress_in(folder)
+        own = self.last
+        if own is not None and _progress_in(own)["history"][: handed_over["epoch"]] == handed_over["history"]:
+            return
+        path = self._path(handed_over["epoch"])
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(folder, temporary)
         for other in self.folder.glob("epoch-*"):
             shutil.rmtree(other)
         os.replace(temporary, path)
-        write_json({"best": path.name, "last": path.name}, self.folder / "index.json")
 
     @property
     def last(self) -> Path | None:
@@ -202,8 +204,7 @@ class CheckpointStore:
         if last is None:
             return None
         try:
-            metadata = json.loads((last / METADATA_FILE).read_text(encoding="utf-8"))
-            path = self._path(metadata["progress"]["best_epoch"])
+            path = self._path(_progress_in(last)["best_epoch"])
         except (OSError, ValueError, KeyError, TypeError):
             return last  # damaged: whoever loads it says how
         return path if path.exists() else last
@@ -244,6 +245,11 @@ def write_json(value: Any, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ResourceError(_why_not_written(error, path)) from error
+
+
+def _progress_in(folder: Path) -> dict[str, Any]:
+    progress: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))["progress"]
+    return progress
 
 
 _HOW_TO_NAME_ONE = "give a run's folder, or a folder under its checkpoints/"

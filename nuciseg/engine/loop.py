@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +88,8 @@ class Trainer:
         self._same_buffers_everywhere()
         start = time.perf_counter()
         network = self._validated_network()
-        image_scores = score_samples(network, self.data.samples, self.data.split.validation, self.place)
+        with _memory_watched("validation, which takes whole images; leave out the largest or use a device with more"):
+            image_scores = score_samples(network, self.data.samples, self.data.split.validation, self.place)
         validation = Scores.total(image_scores).flat_summary()
         metrics = {"epoch": epoch, **training, **validation, "validation_s": time.perf_counter() - start}
 
@@ -118,9 +119,13 @@ class Trainer:
             rate = learning_rate_at(self.config.schedule, self.config.optim.lr, self.progress.step, self.num_steps)
             set_learning_rate(self.optimizer, rate)
             batch = loaded.batch
-            if batch is not None:
-                batch = batch.to(device, self.network.precision.channels_last)
-            terms = self._step(batch, loaded.global_size, rate)
+            with _memory_watched(
+                f"step {self.progress.step} with data.batch_size {self.config.data.batch_size} in train.accumulate "
+                f"{self.config.train.accumulate} parts; raise train.accumulate or lower data.crop_px"
+            ):
+                if batch is not None:
+                    batch = batch.to(device, self.network.precision.channels_last)
+                terms = self._step(batch, loaded.global_size, rate)
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             num_images += loaded.global_size
@@ -140,19 +145,11 @@ class Trainer:
     def _step(self, batch: Batch | None, global_size: int, rate: float) -> dict[str, torch.Tensor]:
         """One optimizer step; returns every loss term summed over this worker's images, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            sums = self._backward(batch, global_size) if batch is not None else self._backward_nothing()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"out of memory in step {self.progress.step} with data.batch_size {self.config.data.batch_size} in "
-                f"train.accumulate {self.config.train.accumulate} parts; raise train.accumulate or lower data.crop_px"
-            ) from error
+        sums = self._backward(batch, global_size) if batch is not None else self._backward_nothing()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.clip_norm
         norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), limit if limit is not None else float("inf"))
-        self._refuse_non_finite(sums, norm, rate)
+        self._refuse_non_finite(sums, global_size, norm, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged is not None:
@@ -186,7 +183,9 @@ class Trainer:
         self.network.model.train()
         return {name: torch.zeros((), device=self.place.device) for name in self.loss_names}
 
-    def _refuse_non_finite(self, sums: Mapping[str, torch.Tensor], norm: torch.Tensor, rate: float) -> None:
+    def _refuse_non_finite(
+        self, sums: Mapping[str, torch.Tensor], global_size: int, norm: torch.Tensor, rate: float
+    ) -> None:
         # Every worker must come to the same verdict, or those who go on wait for ever. The norm of the summed
         # gradient is the same everywhere; under fp16 it may be infinite while the scale is found, so there the loss
         # alone is asked.
@@ -197,9 +196,12 @@ class Trainer:
             health = health + norm
         if bool(torch.isfinite(health)):
             return
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in sums.items())
+        totals = {name: value.clone() for name, value in sums.items()}
+        self._sum_over_workers(totals)
+        what = "gradient" if bool(torch.isfinite(totals["loss"])) else "loss"
+        terms = ", ".join(f"{name} {float(value) / global_size:.4g}" for name, value in totals.items())
         raise NonFiniteLossError(
-            f"the loss is not finite in step {self.progress.step} at learning rate {rate:.3g} "
+            f"the {what} is not finite in step {self.progress.step} at learning rate {rate:.3g} "
             f"({terms}; gradient norm {float(norm):.4g}); lower optim.lr, set train.clip_norm, or train.precision fp32"
         )
 
@@ -303,6 +305,16 @@ def train(
 
 def _mixed_seed(seed: int, epoch: int, rank: int) -> int:
     return (seed * 1_000_003 + epoch * 7919 + rank) % 2**63
+
+
+@contextlib.contextmanager
+def _memory_watched(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory in {doing}") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

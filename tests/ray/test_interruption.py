@@ -1,8 +1,12 @@
-"""The driver of a search is killed; `--resume` goes on as if nothing had happened. Each driver starts its own Ray."""
+"""A search whose driver is killed or interrupted goes on by `--resume` as if nothing had happened.
+
+Each driver starts its own Ray.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 from small_runs import SMALL, last_checkpoint, logged_epochs, wait_until
 from wandb_offline import read_offline_runs
 
+from nuciseg.cli import INTERRUPTED
 from nuciseg.config import merged
 from nuciseg.distributed.search import RESULTS_FILE
 from nuciseg.distributed.worker import FINISHED_FILE
@@ -52,14 +57,15 @@ class Driver:
             self.process = psutil.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         self.family: list[psutil.Process] = []
 
-    def kill(self) -> None:
-        """SIGKILL to the driver alone. Ray ends what trains; agents of its own may stay and are ended here."""
+    def interrupt(self, by: signal.Signals) -> int:
+        """A signal to the driver alone. Ray ends what trains; agents of its own may stay and are ended here."""
         self.family = self.process.children(recursive=True)
-        self.process.kill()
-        self.process.wait()
+        self.process.send_signal(by)
+        returncode = self.process.wait(timeout=60)
         _, left = psutil.wait_procs(self.family, timeout=20)
         assert not [process for process in left if "ImplicitFunc" in process.name()], "trials outlive their driver"
         self.end()
+        return returncode
 
     def end(self) -> None:
         """After a test, however it went: nothing of this driver stays, and nothing else is touched."""
@@ -83,7 +89,8 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, drivers: list[Driver]) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=lambda by: by.name)
+def test_an_interrupted_search_goes_on_where_it_was(by: signal.Signals, tmp_path: Path, drivers: list[Driver]) -> None:
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
     folder = tmp_path / "runs" / "search"
 
@@ -100,7 +107,8 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, drivers: list[Driv
     wait_until(
         lambda: bool(finished() and running()) or not drivers[0].process.is_running(), "a finished and a running trial"
     )
-    drivers[0].kill()
+    assert drivers[0].interrupt(by) == (-by if by == signal.SIGKILL else INTERRUPTED)
+    assert not (folder / "final").exists()
     kept = {run_dir: (files_of(run_dir / "checkpoints"), files_of(run_dir / "wandb")) for run_dir in finished()}
     interrupted = {run_dir: (run_dir / "metrics.jsonl").read_text().split("\n")[0] for run_dir in running()}
     assert kept, drivers[0].log.read_text()

@@ -16,11 +16,12 @@ import torch
 from ray.util.state import list_actors
 from small_runs import figures, last_checkpoint, logged_epochs, small_config, wait_until
 
-from nuciseg.config import Config, load_config
+from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
-from nuciseg.distributed.search import RESULTS_FILE, Trial, start_search, winner
+from nuciseg.distributed.search import RESULTS_FILE, Trial, resume_search, start_search, winner
 from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS
+from nuciseg.errors import DataError
 
 # At the first learning rate the network finds borders within an epoch, at the others its weights stay as drawn.
 LEARNS, STAYS = 0.05, [1e-9, 1e-8, 1e-7]
@@ -242,6 +243,16 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
     assert best is not None
     assert best.optim.lr == 0.001
     assert len(spans(tmp_path / "spans")) == 2, "what cannot be mended was tried again"
+
+
+def test_data_that_is_away_ends_a_resumption_before_it_ends_the_trials(tmp_path: Path) -> None:
+    folder = tmp_path / "search"
+    folder.mkdir()
+    away = small_config(**PLAIN, **{"data.root": str(tmp_path / "away"), "data.format": "nucleus"})
+    write_config(away, folder / "config.yaml")
+    with pytest.raises(DataError, match="away"):
+        resume_search(folder, verbose=False)
+    assert list(folder.iterdir()) == [folder / "config.yaml"]
 
 
 def test_without_a_trial_that_ended_well_there_is_no_winner(tmp_path: Path) -> None:

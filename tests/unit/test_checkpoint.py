@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -296,3 +297,22 @@ def test_json_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match=r"cannot write .*(Not a directory|File exists)"):
         write_json({}, tmp_path / "file" / "value.json")
+
+
+def test_a_checkpoint_handed_over_takes_the_place_of_all_but_ones_own_changes_nothing(tmp_path: Path) -> None:
+    def after(epoch: int, loss: float) -> Checkpoint:
+        history = tuple({"epoch": each, "loss": loss / each} for each in range(1, epoch + 1))
+        return replace(make_checkpoint(epoch), progress=Progress(epoch=epoch, best_epoch=1, history=history))
+
+    own, other = CheckpointStore(tmp_path / "own"), CheckpointStore(tmp_path / "other")
+    handed_back = tmp_path / "handed back"
+    shutil.copytree(own.save(after(1, 0.5)), handed_back)
+    own.save(after(2, 0.5))
+    handed_over = other.save(after(2, 0.4))
+
+    own.adopt(handed_back)
+    assert own.last is not None
+    assert [path.name for path in (own.best, own.last) if path] == ["epoch-0001", "epoch-0002"]
+    own.adopt(handed_over)
+    assert own.best == own.last
+    assert load_checkpoint(own.last).progress.history[0]["loss"] == 0.4

@@ -79,6 +79,20 @@ def test_a_batch_that_does_not_fit_is_told_with_the_cure(error: Exception, tmp_p
     trainer.close()
 
 
+def test_validation_that_does_not_fit_is_told_too(tmp_path: Path) -> None:
+    config = small_config(**{"train.ema_decay": None})
+    trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
+
+    def run_out(module: torch.nn.Module, arguments: Any) -> None:
+        if not module.training:
+            raise MemoryError
+
+    trainer.network.model.register_forward_pre_hook(run_out)
+    with pytest.raises(OutOfMemoryError, match="out of memory in validation, which takes whole images"):
+        trainer.run_epoch()
+    trainer.close()
+
+
 def test_another_error_keeps_its_own_name(tmp_path: Path) -> None:
     config = small_config()
     trainer = Trainer(config, open_data(config), Place(), CheckpointStore(tmp_path))
