@@ -31,15 +31,17 @@ from nuciseg import __version__
 from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples
+from nuciseg.data.splits import split_records
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint
 from nuciseg.engine.datasets import format_of, open_samples, open_split_samples, refuse_smaller_than
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
-from nuciseg.errors import CheckpointError, ResourceError
+from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_labels, require_writable, write_bytes, write_labels_tiff, write_png
 from nuciseg.metrics import IOU_PERCENTS, ImageScores, Scores, score_image
 from nuciseg.plots import contact_sheet, triptych
 from nuciseg.targets import Target
+from nuciseg.types import Record
 
 SplitName = Literal["test", "train", "validation"]
 
@@ -97,7 +99,8 @@ def evaluate_checkpoint(
     `data` None means the data that the checkpoint was trained on. "validation" and "train" are the two sides of the
     checkpoint's own split. Files of an earlier evaluation in `out` are replaced, others left alone. The files appear
     when all are whole, scores.json last.
-    Raises CheckpointError, also where the data gives another split than the checkpoint's; DataError; ResourceError.
+    Raises CheckpointError, also where the data gives another split than the checkpoint's or where the test images are
+    those it was trained on; DataError; ResourceError.
     """
     folder = find_checkpoint(checkpoint)
     network, loaded = load_network(folder, device)
@@ -139,6 +142,11 @@ def _open(
 ) -> tuple[CachedSamples, tuple[int, ...]]:
     if split == "test":
         samples = open_samples(data, "test")
+        if _was_trained_on(samples, data, loaded):
+            raise CheckpointError(
+                f"{folder} was trained on the very images in {data.root}, so their scores would be no test; give a "
+                "folder that has a test/ part of other images or take --split validation"
+            )
         return samples, tuple(range(len(samples)))
     samples, found = open_split_samples(data)
     if found.hash != loaded.split_hash:
@@ -147,6 +155,23 @@ def _open(
             f"{found.hash}: its {split} images are not known; give the data it was trained on or take --split test"
         )
     return samples, found.train if split == "train" else found.validation
+
+
+def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint) -> bool:
+    """Whether `samples`, the test images of `data`, are the training and validation images of `loaded`.
+
+    Drawn images never are: what is drawn depends on the split.
+    """
+    trained = loaded.config.data.model_copy(update={"cache_dir": data.cache_dir})
+    if data.root is None or trained.root is None:
+        return False
+    try:
+        return open_samples(trained, "train").path.name == samples.path.name  # the name is a hash of the contents
+    except DataError:  # they are not there any more; what is left of them is the hash of their names
+        if (data.root / "test").is_dir() or len(set(samples.groups)) < 2:
+            return False
+        records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
+        return split_records(records, trained.validation_fraction, trained.split_seed).hash == loaded.split_hash
 
 
 def _score_all(

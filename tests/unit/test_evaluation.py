@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
-from nuciseg.engine.checkpoint import load_checkpoint
+from nuciseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from nuciseg.engine.datasets import open_samples, open_split_samples
 from nuciseg.engine.evaluation import EvaluationResult, default_out, evaluate_checkpoint
 from nuciseg.engine.inference import score_samples
@@ -156,6 +158,65 @@ def test_validation_images_of_another_split_are_refused(tiny_checkpoint: Path, t
         with pytest.raises(CheckpointError, match="was trained on split"):
             evaluate_checkpoint(tiny_checkpoint, data, split, tmp_path / "out", device=CPU)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- test images that are none
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """Four clusters in either part, by the same names."""
+    write_nucleus_folder(PAIRS.model_copy(update={"num_test": 4}), tmp_path / "drawn")
+    return tmp_path / "drawn"
+
+
+@pytest.fixture
+def flat_checkpoint(tiny_checkpoint: Path, drawn: Path, tmp_path: Path) -> Path:
+    """The checkpoint of a run on a folder without parts: `drawn/train`."""
+    loaded = load_checkpoint(tiny_checkpoint)
+    data = DataConfig(root=drawn / "train")
+    _, split = open_split_samples(data)
+    config = loaded.config.model_copy(update={"data": data})
+    save_checkpoint(replace(loaded, config=config, split_hash=split.hash), tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def refused_as_test(checkpoint: Path, root: Path | None, out: Path) -> None:
+    said = r"trained on the very images in \S+/train, .* --split validation"
+    with pytest.raises(CheckpointError, match=said) as caught:
+        evaluate_checkpoint(checkpoint, root and DataConfig(root=root), "test", out, device=CPU)
+    assert caught.value.exit_code == 2
+    assert not out.exists()
+
+
+def test_images_that_were_trained_on_are_no_test(flat_checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused_as_test(flat_checkpoint, None, out)
+    refused_as_test(flat_checkpoint, drawn / "train", out)
+    shutil.copytree(drawn / "train", tmp_path / "copy" / "train")
+    refused_as_test(flat_checkpoint, tmp_path / "copy" / "train", out)
+    assert evaluate_checkpoint(flat_checkpoint, None, "validation", out, device=CPU).scores.images == 1
+
+
+def test_images_that_were_added_since_do_not_make_it_a_test(flat_checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
+    for folder in (drawn / "train", drawn / "train" / "solutions"):
+        shutil.copy(folder / "drawn_00000.png", folder / "more.png")
+    refused_as_test(flat_checkpoint, drawn / "train", tmp_path / "out")
+
+
+def test_images_that_were_trained_on_elsewhere_are_known_by_their_names(
+    flat_checkpoint: Path, drawn: Path, tmp_path: Path
+) -> None:
+    drawn.rename(tmp_path / "moved")
+    refused_as_test(flat_checkpoint, tmp_path / "moved" / "train", tmp_path / "out")
+    moved = DataConfig(root=tmp_path / "moved")
+    assert evaluate_checkpoint(flat_checkpoint, moved, "test", tmp_path / "out", device=CPU).scores.images == 4
+
+
+@pytest.mark.parametrize("part", ["", "test"])
+def test_other_images_of_the_same_names_are_a_test(
+    flat_checkpoint: Path, drawn: Path, tmp_path: Path, part: str
+) -> None:
+    result = evaluate_checkpoint(flat_checkpoint, DataConfig(root=drawn / part), "test", tmp_path / "out", device=CPU)
+    assert result.scores.images == 4
 
 
 def test_a_second_evaluation_replaces_the_first_and_nothing_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
