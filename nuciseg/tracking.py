@@ -183,15 +183,26 @@ def read_identity(run_dir: Path) -> RunIdentity | None:
 
 
 def describe_run(run_dir: Path) -> str:
-    """One line for the end of a run: where its curves are to be seen."""
+    """One line for the end of a run, or of a search with one folder a trial: where its curves are to be seen."""
     saved = _saved(run_dir)
-    url = saved["url"] if saved else None
-    if url:
-        return f"W&B run: {url}"
+    if saved is None:
+        places = [f"W&B runs: {found}" for found in sorted(_online_groups(run_dir))]
+        metrics = run_dir / "*" / METRICS_FILE
+    else:
+        places = [f"W&B run: {saved['url']}"] if saved["url"] else []
+        metrics = run_dir / METRICS_FILE
     command = sync_command(run_dir)
-    if command:
-        return f"W&B offline run, to upload it: {command}"
-    return f"metrics: {run_dir / METRICS_FILE}"
+    if command and (saved is None or not places):
+        places.append(f"W&B offline run, to upload it: {command}")
+    return "; ".join(places) or f"metrics: {metrics}"
+
+
+def _online_groups(search_dir: Path) -> set[str]:
+    """Project page and group of every trial that W&B has; the address of a group's own page is W&B's to change."""
+    trials = [_saved(path.parent) for path in search_dir.glob(f"*/{IDENTITY_FILE}")]
+    return {
+        f"{trial['url'].rpartition('/runs/')[0]} (group {trial['group']})" for trial in trials if trial and trial["url"]
+    }
 
 
 def sync_command(folder: Path) -> str | None:

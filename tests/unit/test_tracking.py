@@ -166,6 +166,30 @@ def test_sync_command_names_folders_that_exist(offline: tuple[Path, OfflineRun],
     assert sync_command(tmp_path / "nothing") is None
 
 
+def test_a_search_is_described_by_its_trials(offline: tuple[Path, OfflineRun], tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    for trial in ("trial-1", "trial-2"):
+        identity = RunIdentity(trial, trial, "search", "tune")
+        tracker = open_tracker(TrackingConfig(kind="none"), identity, search / trial, {})
+        tracker.log_epoch(1, {"loss": 1.0})
+        tracker.finish(0)
+    said = describe_run(search)
+    assert said == f"metrics: {search}/*/metrics.jsonl"
+    assert len(list(tmp_path.glob("search/*/metrics.jsonl"))) == 2
+    assert describe_run(search / "trial-1") == f"metrics: {search}/trial-1/metrics.jsonl"
+
+    for trial in ("trial-1", "trial-2"):
+        path = search / trial / "tracking.json"
+        url = f"https://wandb.ai/team/study/runs/{trial}"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "url": url}))
+    assert describe_run(search) == "W&B runs: https://wandb.ai/team/study (group search)"
+    assert describe_run(search / "trial-1") == "W&B run: https://wandb.ai/team/study/runs/trial-1"
+
+    shutil.copytree(offline[0], search / "trial-3")  # W&B was out of reach for this one
+    for part in ("https://wandb.ai/team/study (group search)", f"wandb sync {search}/trial-3/wandb/offline-run-"):
+        assert part in describe_run(search)
+
+
 def test_a_killed_run_goes_on_without_gaps_or_duplicates(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     killed = _run_loop(run_dir, 1, 4, "kill", "offline")
