@@ -7,15 +7,11 @@ lightened for a black ground, without their red, so that neighbours differ for c
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -168,32 +164,6 @@ def contact_sheet(panels: Sequence[RGB], columns: int, title: str = "", legend: 
     draw.text((margin, margin - 2), title, fill=INK, font=_font(20))
     draw.text((margin, head - 22), legend, fill=GREY, font=_font(13))
     return np.asarray(page)
-
-
-def search_curve(scores: Sequence[float | None], score_name: str) -> RGB:
-    """The score of each trial in order and the best so far (highest is best); a trial that failed has None."""
-    trials = np.arange(1, len(scores) + 1)
-    values = np.array([np.nan if score is None else score for score in scores], dtype=np.float64)
-    best = np.fmax.accumulate(values) if len(values) else values
-    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.step(trials, best, where="post", color="#0072b2", linewidth=2, label="best so far")
-    axes.plot(trials, values, "o", color="#56b4e9", markeredgecolor="white", markersize=7, label="trial")
-    failed = trials[np.isnan(values)]
-    if len(failed):
-        axes.plot(failed, np.zeros(len(failed)), "x", color="#c81414", label="failed", clip_on=False,
-                  transform=axes.get_xaxis_transform())  # fmt: skip
-    axes.set_xlabel("trial")
-    axes.set_ylabel(score_name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e0e0e0")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------

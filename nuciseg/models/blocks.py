@@ -12,10 +12,6 @@ from torch import nn
 
 from nuciseg.errors import DataError
 
-# Before training every pixel is 'border' with this probability: about the share of border pixels in nucleus clusters.
-# From 0.5, the first steps would go into learning that most pixels are none (Lin et al. 2017, section 4.1).
-INITIAL_PROBABILITY = 0.05
-
 
 def conv_block(
     in_channels: int, out_channels: int, num_convs: int, norm: Literal["batch", "group", "none"]
@@ -73,11 +69,8 @@ class Decoder(nn.Module):
 
 
 def output_head(in_channels: int, num_maps: int, kernel_px: int = 1) -> nn.Conv2d:
-    """The last convolution, to logits; its bias gives `INITIAL_PROBABILITY`."""
-    head = nn.Conv2d(in_channels, num_maps, kernel_px, padding=kernel_px // 2)
-    assert head.bias is not None
-    nn.init.constant_(head.bias, math.log(INITIAL_PROBABILITY / (1 - INITIAL_PROBABILITY)))
-    return head
+    """The last convolution, to logits."""
+    return nn.Conv2d(in_channels, num_maps, kernel_px, padding=kernel_px // 2)
 
 
 def check_size(images_BCHW: torch.Tensor, stride: int) -> None:

@@ -14,7 +14,6 @@ from nuciseg.plots import (
     contact_sheet,
     matched_colors,
     overlay_rgb,
-    search_curve,
     stretch,
     triptych,
 )
@@ -125,16 +124,6 @@ def test_contact_sheet_places_every_panel_once() -> None:
         assert (sheet == 10 + index).all(axis=2).sum() == panel.shape[0] * panel.shape[1]
     assert sheet.shape[1] < 3 * 30 + 40
     assert contact_sheet([], 3, "nothing").ndim == 3
-
-
-def test_search_curve_with_failed_trials() -> None:
-    picture = search_curve([0.2, None, 0.6, 0.4], "cluster score")
-    assert picture.dtype == np.uint8
-    assert picture.shape[2] == 3
-    assert _has(picture, (0xC8, 0x14, 0x14))  # the failed trial's cross
-    assert not _has(search_curve([0.2, 0.6], "cluster score"), (0xC8, 0x14, 0x14))
-    assert search_curve([None, None], "cluster score").shape == picture.shape
-    assert search_curve([], "cluster score").shape == picture.shape
 
 
 def test_a_real_cluster_is_drawn_and_written(nucleus_root: Path, tmp_path: Path) -> None:
