@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--data.format", dest="data_format", metavar="NAME",
-        help="layout of the data: auto, nucleus, labels or synthetic (default: auto with --data.root, else the "
+        help="layout of the data, a name that train --help lists (default: auto with --data.root, else the "
         "checkpoint's)",
     )  # fmt: skip
     add(
