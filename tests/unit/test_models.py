@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from nuciseg.errors import CheckpointError, ConfigError, DataError, NucisegError
-from nuciseg.models import ModelConfig, TimmConfig, UnetConfig, build_model
+from nuciseg.models import ModelConfig, TimmConfig, UnetConfig, build_model, set_initial_probabilities
 from nuciseg.models.timm_library import import_timm
 from nuciseg.models.weights import read_weights
 
@@ -42,6 +42,7 @@ class TestEveryModel:
     def test_maps_images_to_logits_of_their_size(self, config: dict[str, Any], stride: int) -> None:
         torch.manual_seed(0)
         model = build_model(parse(config), in_channels=1, num_maps=3)
+        set_initial_probabilities(model, [0.05] * 3)
         assert model.stride == stride
         logits = model(torch.rand(2, 1, 2 * stride, 3 * stride))
         assert logits.shape == (2, 3, 2 * stride, 3 * stride)
