@@ -10,8 +10,10 @@ A key may name a whole section; keys are applied in the order given, so that a l
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import tune
@@ -34,14 +36,27 @@ _SAMPLERS = (
     "grid_search",
 )
 _WITH_BOUNDS = tuple(name for name in _SAMPLERS if "uniform" in name or "randint" in name)
+# What a search needs alike in every trial: section or key -> why, and what to do instead.
+_NOT_SEARCHED = {
+    "scale": "trials get the CPUs and GPUs that the base configuration asks for, so set it there",
+    "search": "it steers the search itself, so set it beside search.space",
+    "run": "every trial keeps its files in the search's folder, so set it in the base configuration",
+    "tracking": "all trials of a search are logged alike, so set it in the base configuration",
+    "train.epochs": "trials are compared after equally many epochs, so set search.trial_epochs, and this one for the "
+    "winner",
+    "train.metric": "trials are ranked by one score, so set it in the base configuration",
+    "train.calibrate": "only the winner is calibrated, so set it in the base configuration",
+}
 _SECTION_MARK = "section:"  # a choice between sections travels as text: samplers keep only plain values
 
 
 def build_space(config: Config) -> dict[str, Any]:
     """Ray Tune's search space for `config.search.space`.
 
-    Every bound and every choice is first put into the configuration by itself, so that a space that can give an
-    invalid configuration is refused before anything starts. Raises ConfigError.
+    Every bound and every choice is first put into the configuration, with every choice of the sections that it lies
+    in, so that a line that can give an invalid configuration is refused before anything starts. Lines that are valid
+    one by one may still not fit each other, and normal distributions have no bounds: such a sample is refused by
+    `configure` before its trial trains. Raises ConfigError.
     """
     if not config.search.space:
         raise ConfigError("search.space is empty; give at least one line, as `optim.lr: {loguniform: [1e-5, 1e-2]}`")
@@ -51,6 +66,37 @@ def build_space(config: Config) -> dict[str, Any]:
 def configure(base: Config, sample: Mapping[str, Any]) -> Config:
     """The whole validated configuration of one trial. Raises ConfigError that names the sample's key."""
     return base.replaced({key: _value(drawn) for key, drawn in sample.items()})
+
+
+def variants(config: Config, section: str) -> list[Config]:
+    """Configurations with every `section` that the space can give, of numbers the least and the greatest.
+
+    `config` itself where the space has no line for the section. The space is one that `build_space` accepts.
+    """
+    lines = {key: line for key, line in config.search.space.items() if f"{key}.".startswith(f"{section}.")}
+    found: dict[Any, Config] = {}
+    fault: ConfigError | None = None
+    for values in itertools.product(*(_ends(name, given) for line in lines.values() for name, given in line.items())):
+        try:
+            variant = config.replaced(dict(zip(lines, values, strict=True)))
+        except ConfigError as error:  # lines that are valid one by one, but not together: refused when they are drawn
+            fault = error
+            continue
+        found[getattr(variant, section)] = variant
+    if not found:
+        raise ConfigError(f"search.space: its lines for {section} do not fit each other: {fault}")
+    return list(found.values())
+
+
+def num_trials(config: Config) -> int:
+    """How many trials the search has, unless `search.max_hours` ends it before."""
+    gridded = [
+        len(arguments)
+        for line in config.search.space.values()
+        for name, arguments in line.items()
+        if name == "grid_search" or config.search.sampler == "grid"
+    ]
+    return math.prod(gridded) * (1 if config.search.sampler == "grid" else config.search.num_trials)
 
 
 def describe(sample: Mapping[str, Any]) -> str:
@@ -68,6 +114,9 @@ def describe(sample: Mapping[str, Any]) -> str:
 def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
     if key not in set(known_keys()):
         raise ConfigError(f"search.space: unknown key {key!r}{nearest_key(key)}")
+    for fixed, reason in _NOT_SEARCHED.items():
+        if f"{key}.".startswith(f"{fixed}.") or fixed.startswith(f"{key}."):
+            raise ConfigError(f"search.space.{key}: {fixed} cannot be searched: {reason}")
     if len(line) != 1:
         raise ConfigError(f"search.space.{key}: give exactly one sampler, found {', '.join(line) or 'none'}")
     [(name, arguments)] = line.items()
@@ -89,7 +138,9 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
             )
         if "log" in name and low <= 0:
             raise ConfigError(f"search.space.{key}: {name} needs a lower bound above 0, found {low!r}")
-        for value in (low, high - 1 if "randint" in name else high):
+        if name.startswith("q") and len(arguments) > 2 and not (_is_number(arguments[2]) and arguments[2] > 0):
+            raise ConfigError(f"search.space.{key}: {name} needs a step above 0, found {arguments[2]!r}")
+        for value in _ends(name, arguments):
             _check(config, key, value)
     sampler = getattr(tune, name)
     try:
@@ -100,20 +151,42 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
 
 
 def _check(config: Config, key: str, value: Any) -> None:
-    """Refuse a value that no configuration can have, whichever kind of its section is drawn."""
-    section = key.split(".")[0]
-    bases = [config]
-    if section in config.search.space and key != section:
-        kinds = config.search.space[section].get("choice") or config.search.space[section].get("grid_search") or []
-        bases = [config.replaced({section: kind}) for kind in kinds]
-    faults = []
-    for base in bases:
+    """Refuse a value that does not fit every choice of the sections that `key` lies in."""
+    for chosen, base in _bases(config, key):
         try:
             base.replaced({key: value})
         except ConfigError as error:
-            faults.append(error)
-    if bases and len(faults) == len(bases):
-        raise ConfigError(f"search.space.{key}: {value!r} cannot be used: {faults[0]}") from None
+            where = "".join(f" where {section} is {choice}" for section, choice in chosen.items())
+            raise ConfigError(f"search.space.{key}: {value!r} cannot be used{where}: {error}") from None
+
+
+def _bases(config: Config, key: str) -> list[tuple[dict[str, Any], Config]]:
+    """The configurations that `key` may be put into: one for each choice of each section that it lies in."""
+    bases: list[tuple[dict[str, Any], Config]] = [({}, config)]
+    parts = key.split(".")
+    for section in (".".join(parts[:length]) for length in range(1, len(parts))):
+        line = config.search.space.get(section, {})
+        choices = line.get("choice") or line.get("grid_search")
+        if isinstance(choices, list):
+            bases = [
+                ({**chosen, section: choice}, base.replaced({section: choice}))
+                for chosen, base in bases
+                for choice in choices
+            ]
+    return bases
+
+
+def _ends(name: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Least and greatest value of a sampler of numbers, every value of another, the mean of a normal distribution."""
+    if name in _WITH_BOUNDS:
+        low, high, *step = arguments
+        if "randint" not in name:
+            return low, high
+        # Integers stay below their upper bound, unless they are drawn in steps.
+        return low, high - high % (step[0] if step else 1) if name.startswith("q") else high - 1
+    if name in ("choice", "grid_search"):
+        return (min(arguments), max(arguments)) if all(map(_is_number, arguments)) else tuple(arguments)
+    return tuple(arguments[:1]) or (0.0,)
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from ray.tune.search.sample import Domain
 
 from nuciseg.config import Config
 from nuciseg.distributed.search import _search_space, _within_bounds, check_search
-from nuciseg.distributed.space import build_space, configure, describe
+from nuciseg.distributed.space import build_space, configure, describe, num_trials, variants
 from nuciseg.errors import ConfigError
 
 LR = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
@@ -112,6 +112,30 @@ def test_none_and_booleans_can_be_chosen() -> None:
             "search.space.model.dropout: 2.0 cannot be used",
         ),
         ({"train.accumulate": {"choice": [1, 64]}}, "train.accumulate 64 is more than data.batch_size"),
+        (
+            {"model": {"choice": [{"kind": "unet"}, {"kind": "timm"}]}, "model.depth": {"choice": [3]}},
+            "search.space.model.depth: 3 cannot be used where model is {'kind': 'timm'}: ",
+        ),
+        (
+            {
+                "loss.weights": {"choice": [{"bce": 1}, {"bce": 0, "dice": 1, "focal": 0}]},
+                "loss.weights.dice": {"uniform": [0, 2]},
+            },
+            "0 cannot be used where loss.weights is {'bce': 0, 'dice': 1, 'focal': 0}: ",
+        ),
+        ({"model.depth": {"qrandint": [2, 8, 2]}}, "8 cannot be used"),
+        ({"model.depth": {"qlograndint": [2, 8, 2]}}, "8 cannot be used"),
+        ({"model.depth": {"qrandint": [2, 6, 0]}}, "qrandint needs a step above 0, found 0"),
+        ({"scale.num_workers": {"choice": [1, 2]}}, "scale cannot be searched: trials get the CPUs and GPUs"),
+        ({"scale": {"choice": [{"num_workers": 2}]}}, "scale cannot be searched"),
+        ({"search.num_trials": {"choice": [1, 2]}}, "search cannot be searched: it steers the search itself"),
+        ({"run.max_failures": {"choice": [1, 2]}}, "run cannot be searched"),
+        ({"tracking.kind": {"choice": ["none"]}}, "tracking cannot be searched"),
+        ({"train.epochs": {"randint": [2, 9]}}, "train.epochs cannot be searched: "),
+        ({"train.epochs": {"randint": [2, 9]}}, "set search.trial_epochs"),
+        ({"train.metric": {"choice": ["border_dice"]}}, "train.metric cannot be searched: trials are ranked by one"),
+        ({"train.calibrate": {"choice": [True]}}, "train.calibrate cannot be searched"),
+        ({"train": {"choice": [{"clip_norm": 1.0}]}}, "train.epochs cannot be searched"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -122,6 +146,46 @@ def test_a_space_that_cannot_be_sampled_is_refused_in_one_sentence(space: dict[s
     assert sentence in message
     assert "\n" not in message
     assert all(key in message for key in list(space)[-1:])
+
+
+def test_variants_are_what_the_space_makes_of_a_section() -> None:
+    space = {
+        "model": {"choice": [{"kind": "unet", "depth": 2}, {"kind": "unet", "depth": 3}]},
+        "model.width": {"randint": [4, 9]},
+        "optim.lr": {"uniform": [1e-4, 1e-2]},
+        "loss.weights.bce": {"choice": [0, 0.5, 1]},
+        "loss.weights.dice": {"uniform": [0, 2]},
+    }
+    config = with_space(space)
+    models = [variant.model for variant in variants(config, "model")]
+    assert {(model.depth, model.width) for model in models if model.kind == "unet"} == {(2, 4), (2, 8), (3, 4), (3, 8)}
+    assert len(models) == 4
+    weights = [variant.value("loss.weights") for variant in variants(config, "loss")]
+    assert {(each["bce"], each["dice"]) for each in weights} == {(0, 2), (1, 0), (1, 2)}, "all 0 is no loss"
+    assert variants(config, "train") == [config]
+
+
+def test_lines_that_never_fit_each_other_have_no_variant() -> None:
+    space = {"loss.weights.bce": {"choice": [0]}, "loss.weights.dice": {"choice": [0]}}
+    with pytest.raises(ConfigError, match=r"its lines for loss do not fit each other: .* all 0"):
+        variants(with_space(space), "loss")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "space", "number"),
+    [
+        ("optuna", LR, 5),
+        ("random", {**LR, "data.batch_size": {"grid_search": [4, 8]}}, 10),
+        ("grid", {"optim.lr": {"choice": [0.1, 0.2, 0.3]}, "data.batch_size": {"grid_search": [4, 8]}}, 6),
+    ],
+)
+def test_the_number_of_trials(sampler: str, space: dict[str, Any], number: int) -> None:
+    assert num_trials(with_space(space, sampler=sampler, num_trials=5)) == number
+
+
+def test_the_upper_bound_of_steps_is_checked_where_it_is_one() -> None:
+    [domain] = build_space(with_space({"model.depth": {"qrandint": [2, 7, 2]}})).values()
+    assert max(domain.sample() for _ in range(50)) == 6
 
 
 def test_the_upper_bound_of_integers_is_not_drawn_and_so_not_checked() -> None:
