@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+import torch
 
 from nuciseg.config import ScaleConfig
 from nuciseg.errors import ResourceError
@@ -101,27 +102,44 @@ def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:
     gpus = 1 if scale.use_gpu or (scale.use_gpu is None and cluster_gpus) else 0
     if scale.cpus_per_worker is not None:
         return Need(scale.cpus_per_worker, gpus)
-    if gpus:
-        return Need(max(1, min(GPU_TRIAL_CPUS, int(total.get("CPU", 1)) // cluster_gpus)), gpus)
-    if for_trial:
+    if for_trial and not gpus:
         return Need(1, 0)
-    return Need(max(1, int(total.get("CPU", 1)) // scale.num_workers), 0)
+    return widest_need(cluster_gpus if for_trial else scale.num_workers, gpus, _nodes())
 
 
-def worker_slots(need: Need) -> int:
-    """How many such workers fit on the nodes that are alive, each worker whole on one node."""
+def has_gpu(scale: ScaleConfig) -> bool:
+    """Whether the workers compute on GPUs, of this machine or of the cluster where one was joined."""
+    if scale.use_gpu is False:
+        return False
+    return torch.cuda.is_available() or (ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def widest_need(num_workers: int, gpus: int, nodes: Sequence[Mapping[str, float]]) -> Need:
+    """As many CPUs a worker as leave room for `num_workers`, or for as many as fit at all."""
+    wanted = min(num_workers, worker_slots(Need(1, gpus), nodes))
+    most = max((int(node.get("CPU", 0)) for node in nodes), default=1)
+    cpus = min(GPU_TRIAL_CPUS, most) if gpus else most
+    while cpus > 1 and worker_slots(Need(cpus, gpus), nodes) < wanted:
+        cpus -= 1
+    return Need(max(1, cpus), gpus)
+
+
+def worker_slots(need: Need, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many such workers fit on the nodes, given by their resources; each worker whole on one node."""
     slots = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            fitting = int(resources.get("CPU", 0)) // need.cpus
-            slots += min(fitting, int(resources.get("GPU", 0)) // need.gpus) if need.gpus else fitting
+    for node in nodes:
+        fitting = int(node.get("CPU", 0)) // need.cpus
+        slots += min(fitting, int(node.get("GPU", 0)) // need.gpus) if need.gpus else fitting
     return slots
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def require_room(num_workers: int, need: Need) -> int:
     """The number of runs of `num_workers` that fit at once; raises ResourceError where not even one does."""
-    slots = worker_slots(need)
+    slots = worker_slots(need, _nodes())
     if slots < num_workers:
         total = ray.cluster_resources()
         raise ResourceError(
