@@ -138,5 +138,5 @@ def test_ray_accepts_the_cluster_file() -> None:
     assert workers, "a cluster without workers"
     for worker in workers:
         assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-        assert worker["min_workers"] == 0, "an idle cluster costs the head alone"
+        assert worker["min_workers"] >= 1, "trials ask for GPUs only where one is there when the search begins"
         assert worker["max_workers"] <= config["max_workers"]
