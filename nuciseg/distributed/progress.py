@@ -86,7 +86,7 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         table = Table(title=f"{seconds:.0f} s, {self.concurrent} trials at a time, results in {self.folder}")
         for heading in ("trial", "status", "epoch", f"{self.metric} and settings"):
             table.add_column(heading)
-        for row in self.rows.values():
+        for row in list(self.rows.values()):  # drawn in a thread of its own, while trials are added
             table.add_row(*row)
         return table
 
