@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nuciseg.cli import Parser, run_verb
+
+if TYPE_CHECKING:
+    from nuciseg.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -20,7 +24,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from nuciseg.distributed.progress import followed
-    from nuciseg.distributed.runs import describe_disk_need, new_run_dir, resumed_config, train_identity
+    from nuciseg.distributed.runs import (
+        check_precision,
+        check_settings,
+        describe_disk_need,
+        new_run_dir,
+        resumed_config,
+        train_identity,
+    )
     from nuciseg.distributed.training import check_room, run_training
     from nuciseg.distributed.worker import Job
     from nuciseg.engine.checkpoint import CheckpointStore
@@ -31,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, run_dir = resumed_config(args.resume, flags(parsed_args=args)(), args.config), args.resume
     else:
         config = config_from_args(flags, args)
+        alone = _without_search(config)
+        check_settings(alone, verbose=args.verbose)
         check_data(config)
         check_room(config, verbose=args.verbose)
+        check_precision(alone)
         run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
-    print(f"run folder: {run_dir}\n{describe_disk_need(config)}", flush=True)
+    print(f"run folder: {run_dir}\n{describe_disk_need(_without_search(config), run_dir)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)
     with followed(run_dir, config.train.epochs, config.train.metric):
         run_training(job)
     print(f"best checkpoint: {CheckpointStore(run_dir).best}\n{describe_run(run_dir)}")
+
+
+def _without_search(config: Config) -> Config:
+    """A configuration may say what a search would vary; one run takes everything else."""
+    return config.replaced({"search.space": {}})
 
 
 if __name__ == "__main__":

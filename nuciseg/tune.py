@@ -45,27 +45,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from nuciseg.distributed.runs import describe_disk_need, new_run_dir, refuse_other_settings
-    from nuciseg.distributed.search import check_search, resume_search, start_search
-    from nuciseg.engine.datasets import check_data
+    from nuciseg.distributed.search import read_search_config, resume_search, start_search
 
     if args.resume is not None:
         refuse_other_settings(flags(parsed_args=args)(), args.config)
         folder: Path = args.resume
-        print(f"search folder: {folder}", flush=True)
-        config, trials = resume_search(folder, verbose=args.verbose)
+        config = read_search_config(folder)
     else:
-        base = DEFAULT_SEARCH if args.config is None else {}
-        config = config_from_args(flags, args, base)
-        if args.no_final:
-            config = config.replaced({"search.final": False})
-        check_data(config)
-        check_search(config, verbose=args.verbose)
+        config = config_from_args(flags, args, DEFAULT_SEARCH if args.config is None else {})
+    if args.no_final:
+        config = config.replaced({"search.final": False})
+    if args.resume is None:
+        _check(config, verbose=args.verbose)
         folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
-        print(f"search folder: {folder}\n{describe_disk_need(config)}", flush=True)
+    print(f"search folder: {folder}\n{describe_disk_need(config, folder)}", flush=True)
+    if args.resume is not None:
+        _, trials = resume_search(folder, verbose=args.verbose)
+    else:
         trials = start_search(config, folder, verbose=args.verbose)
     _print_trials(trials, config)
-    with_final = config.search.final and not args.no_final
-    _print_conclusion(trials, config, folder, with_final=with_final, verbose=args.verbose)
+    _print_conclusion(trials, config, folder, verbose=args.verbose)
+
+
+def _check(config: Config, *, verbose: bool) -> None:
+    """Raise NucisegError for what would end the search, a trial or the evaluation, before a folder is made."""
+    from nuciseg.distributed.final import check_test_images
+    from nuciseg.distributed.runs import check_precision, check_settings
+    from nuciseg.distributed.search import check_search
+    from nuciseg.distributed.space import build_space, variants
+    from nuciseg.engine.datasets import check_data
+    from nuciseg.engine.network import stride_of
+
+    build_space(config)
+    check_settings(config, verbose=verbose)
+    largest_stride = max(variants(config, "model"), key=stride_of)
+    check_data(largest_stride)
+    if config.search.final:
+        check_test_images(largest_stride)
+    check_search(config, verbose=verbose)
+    check_precision(config)
 
 
 def _print_trials(trials: Sequence[Trial], config: Config) -> None:
@@ -92,32 +110,35 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
             print(f"  {trial.id}: {trial.failure}")
 
 
-def _print_conclusion(
-    trials: Sequence[Trial], config: Config, folder: Path, *, with_final: bool, verbose: bool
-) -> None:
+def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, verbose: bool) -> None:
     import yaml
 
     from nuciseg.distributed.final import evaluate_final, train_final
     from nuciseg.distributed.search import winner
-    from nuciseg.engine.checkpoint import CheckpointStore
+    from nuciseg.distributed.worker import CONFIG_FILE
+    from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint
     from nuciseg.errors import TrainingError
-    from nuciseg.evaluate import print_result
+    from nuciseg.evaluate import log_result, print_result
     from nuciseg.tracking import describe_run
 
     best = winner(trials, config)
     if best is None:
         raise TrainingError(f"every trial failed; the reasons stand above and in {folder}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()
-    print(f"best configuration (whole: {folder / trials[0].id / 'config.yaml'}):\n{sample}")
-    if with_final:
+    print(f"best configuration:\n{sample}")
+    if config.search.final:
         print(f"\ntraining the winner for {best.train.epochs} epochs", flush=True)
-        final_dir = train_final(best, folder, verbose=verbose)
-        print_result(evaluate_final(final_dir, best))
+        best_dir, what = train_final(best, folder, verbose=verbose), "whole configuration"
     else:
-        final_dir = folder / trials[0].id
-    print(f"best checkpoint: {CheckpointStore(final_dir).best}")
+        best_dir, what = folder / trials[0].id, "configuration of this trial, shorter than a run and not calibrated"
+    print(f"{what}: {best_dir / CONFIG_FILE}")
+    print(f"best checkpoint: {CheckpointStore(best_dir).best}")
     print(f"trials: {describe_run(folder)}")
-    print(f"winner: {describe_run(final_dir)}")
+    print(f"winner: {describe_run(best_dir)}", flush=True)
+    if config.search.final:  # last: all else is found by now, should the evaluation fail
+        result = evaluate_final(best_dir, best)
+        print_result(result)
+        log_result(result, load_checkpoint(result.checkpoint).config)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,26 @@ from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
 from nuciseg.distributed.progress import followed
+from nuciseg.distributed.runs import train_identity
 from nuciseg.distributed.training import run_training
 from nuciseg.distributed.worker import Job
 from nuciseg.engine.checkpoint import CheckpointStore
-from nuciseg.engine.datasets import format_of
+from nuciseg.engine.datasets import format_of, open_samples, refuse_smaller_than
 from nuciseg.engine.evaluation import EvaluationResult, SplitName, default_out, evaluate_checkpoint
+from nuciseg.engine.network import stride_of
 from nuciseg.engine.precision import local_device
-from nuciseg.tracking import RunIdentity
+
+
+def check_test_images(config: Config) -> None:
+    """Decode the test images, if there are any, into the cache; raises DataError before the search that needs them."""
+    if _has_test_images(config.data):
+        refuse_smaller_than(stride_of(config), open_samples(config.data, "test"))
 
 
 def train_final(config: Config, search_dir: Path, *, verbose: bool) -> Path:
     """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder."""
     run_dir = search_dir / "final"
-    identity = RunIdentity(
-        id=f"{search_dir.name}-final",
-        name="final",
-        group=search_dir.name,
-        job_type="train",
-        tags=(config.model.kind, getattr(config.model, "encoder", config.model.kind), config.target.kind),
-    )
+    identity = train_identity(config, run_dir, search_dir.name)
     with followed(run_dir, config.train.epochs, config.train.metric):
         run_training(Job(config, run_dir.resolve(), identity, verbose))
     return run_dir

@@ -1,4 +1,4 @@
-"""The folders of runs: a new one, one to go on with, what it will take."""
+"""Before a run: whether its settings can be used, its folder, who it is, what it will take."""
 
 from __future__ import annotations
 
@@ -8,13 +8,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nuciseg.config import Config, load_config
+import torch
+
+from nuciseg.config import Config, known_keys, load_config
+from nuciseg.distributed.cluster import has_gpu
 from nuciseg.distributed.failures import forget_failure
+from nuciseg.distributed.space import num_trials, variants
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import disk_need_bytes
 from nuciseg.engine.network import count_parameters
+from nuciseg.engine.precision import choose_precision
 from nuciseg.errors import ConfigError, ResourceError
-from nuciseg.tracking import RunIdentity, read_identity
+from nuciseg.losses import build_loss
+from nuciseg.models import TimmConfig, build_model
+from nuciseg.targets import build_target
+from nuciseg.tracking import RunIdentity, _wandb_mode, read_identity
+
+
+def check_settings(config: Config, *, verbose: bool) -> None:
+    """Find before a folder is made what would end the run, or trials of the search, as soon as they began.
+
+    Raises ConfigError or CheckpointError for weights to start from that are not to be had, a loss whose weights do not
+    fit the target's maps, W&B demanded without a key.
+    """
+    num_maps = len(build_target(config.target).map_names)
+    maps, valid = torch.zeros(1, num_maps, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
+    for variant in variants(config, "loss"):
+        build_loss(variant.loss)(maps, maps, valid)
+    models = [variant.model for variant in variants(config, "model")]
+    timm_models = [model for model in models if isinstance(model, TimmConfig) and model.pretrained is not None]
+    for model in {(model.encoder, model.pretrained): model for model in timm_models}.values():
+        build_model(model, 1, num_maps)
+    if config.tracking.kind == "wandb":
+        _wandb_mode(config.tracking, verbose)
+
+
+def check_precision(config: Config) -> None:
+    """Raise ResourceError where workers would have to compute in what their device does not. Any cluster is joined."""
+    if not has_gpu(config.scale):
+        for variant in variants(config, "train"):
+            choose_precision(variant.train, torch.device("cpu"))
 
 
 def new_run_dir(config: Config, default_name: str) -> Path:
@@ -49,31 +82,43 @@ def resumed_config(folder: Path, flags: Mapping[str, Any], config_file: Path | N
 
 def refuse_other_settings(flags: Mapping[str, Any], config_file: Path | None) -> None:
     """A resumed run keeps its settings: raise ConfigError where others are given."""
-    given = next(iter(flags), None) or ("config" if config_file is not None else None)
+    given = _first_key(flags) if flags else ("config" if config_file is not None else None)
     if given is not None:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out --{given}, or start a new run")
 
 
-def train_identity(config: Config, run_dir: Path) -> RunIdentity:
-    """Who the run is to W&B; a resumed run is who it was."""
+def _first_key(flags: Mapping[str, Any]) -> str:
+    known = set(known_keys())
+    key, value = next(iter(flags.items()))
+    while isinstance(value, Mapping) and value and f"{key}.{next(iter(value))}" in known:
+        inner, value = next(iter(value.items()))
+        key = f"{key}.{inner}"
+    return key
+
+
+def train_identity(config: Config, run_dir: Path, search: str | None = None) -> RunIdentity:
+    """Who the run is to W&B, in the group of the search that it belongs to; a resumed run is who it was."""
     earlier = read_identity(run_dir)
     if earlier is not None:
         return earlier
     kind = getattr(config.model, "encoder", config.model.kind)
+    label = run_dir.name if search is None else f"{search}-{run_dir.name}"
     return RunIdentity(
-        id=f"{run_dir.name}-{os.urandom(4).hex()}",
+        id=f"{label}-{os.urandom(4).hex()}",  # W&B keeps runs of folders that are long gone
         name=run_dir.name,
-        group=run_dir.name,
+        group=search or run_dir.name,
         job_type="train",
         tags=(config.model.kind, kind, config.target.kind),
     )
 
 
-def describe_disk_need(config: Config) -> str:
-    """One line: what the checkpoints of a run take at most, and what is free."""
-    need_mb = disk_need_bytes(count_parameters(config)) / 1e6
-    existing = next(
-        path for path in (config.run.storage_path, *config.run.storage_path.resolve().parents) if path.exists()
+def describe_disk_need(config: Config, folder: Path) -> str:
+    """One line: what the checkpoints of the run or search in `folder` take at most, and what is free there."""
+    run_mb = disk_need_bytes(max(map(count_parameters, variants(config, "model")))) / 1e6
+    num_runs = num_trials(config) + config.search.final if config.search.space else 1
+    runs = "" if num_runs == 1 else f"{num_runs} runs, each "
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    return (
+        f"disk: at most {num_runs * run_mb:.0f} MB of checkpoints ({runs}best, last, the next one), "
+        f"{free_mb:.0f} MB free"
     )
-    free_mb = shutil.disk_usage(existing).free / 1e6
-    return f"disk: at most {need_mb:.0f} MB of checkpoints a run (best, last, the next one), {free_mb:.0f} MB free"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nuciseg import train, tune
 from nuciseg.cli import run_verb
@@ -74,6 +75,8 @@ def test_wrong_settings(
         ("{optim.lr: {loguniformm: [1e-5, 1e-2]}}", "unknown sampler"),
         ("{data.batch_size: {choice: [0, 4]}}", "data.batch_size"),
         ("{optim.lr: {uniform: [-1, 1]}}", "optim.lr"),
+        ("{scale.num_workers: {choice: [1, 2]}}", "scale cannot be searched"),
+        ("{model: {choice: [{kind: unet}, {kind: timm}]}, model.depth: {choice: [2]}}", "search.space.model.depth"),
     ],
 )
 def test_a_search_space_that_cannot_be_sampled(
@@ -114,6 +117,67 @@ def test_wrong_data(capsys: pytest.CaptureFixture[str], clusters: Path, tmp_path
     assert second.stem in sentence(), "a solution without image is named"
     second.write_bytes(image)
     assert answer(train.main, *words, *SMALL[4:], "--train.epochs", "1", "--data.crop_px", "64") == 0, "mended"
+
+
+def test_test_images_are_looked_at_before_a_search(
+    capsys: pytest.CaptureFixture[str], clusters: Path, tmp_path: Path
+) -> None:
+    (clusters / "test" / "solutions").rename(clusters / "gone")
+    words = ("--data.root", clusters, "--run.storage_path", tmp_path / "runs", "--tracking.kind", "none")
+    assert str(clusters / "test") in refused(capsys, tune.main, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        pytest.param(("--train.precision", "fp16"), "train.precision is fp16, which needs a GPU", marks=NO_GPU),
+        (("--loss.map_weights", "[1,2,3]"), "loss.map_weights has 3 values"),
+        (("--loss.bce.positive_weight", "[1,2,3]"), "loss.positive_weight has 3 values"),
+        (("--model.kind", "timm", "--model.pretrained", "no.pth"), "no.pth', and there is no such file"),
+        (("--model.kind", "timm", "--model.pretrained", "hub"), "cannot be had from the hub"),
+        (("--tracking.kind", "wandb"), "run `wandb login`"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_settings_that_a_run_would_end_with_leave_no_folder(
+    words: tuple[str, ...],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    assert expected in refused(capsys, train.main, *SMALL[:4], *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "{model: {choice: [{kind: unet, depth: 2}, {kind: timm, encoder: resnet18, pretrained: no.pth}]}}",
+            "no.pth', and there is no such file",
+        ),
+        ("{loss.weights.focal: {uniform: [0.0, 1.0]}}", "loss.map_weights has 3 values"),
+        ("{model.depth: {choice: [2, 6]}}", "stride"),
+    ],
+)
+def test_settings_that_a_trial_would_end_with_leave_no_folder(
+    line: str, expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the configuration as it stands could be trained with."""
+    monkeypatch.chdir(tmp_path)
+    drawn = "data: {synthetic: {mean_diameter_px: 16.0}}\n"
+    (tmp_path / "search.yaml").write_text(
+        f"{drawn}loss: {{focal: {{map_weights: [1, 2, 3]}}}}\nsearch:\n  space: {line}\n"
+    )
+    assert expected in refused(capsys, tune.main, "--config", "search.yaml", *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["search.yaml"]
 
 
 def test_an_image_smaller_than_the_stride(capsys: pytest.CaptureFixture[str], clusters: Path) -> None:

@@ -12,6 +12,11 @@ import yaml
 from small_runs import SMALL
 
 from nuciseg.config import load_config, merged
+from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
+from nuciseg.distributed.search import Trial
+from nuciseg.errors import DataError
+from nuciseg.tracking import read_identity
+from nuciseg.tune import _print_conclusion
 
 GRID = [0.05, 0.01, 90.0]  # the last one explodes
 SEARCH = {
@@ -59,15 +64,17 @@ def test_the_trials_are_ranked_and_the_failed_ones_told_with_their_reason(search
     assert rows[2][2] == "failed"
     assert rows[2][-1] == "lr=90"
     assert "1 of 3 trials failed:" in said
-    assert f"{trials[2]['id']}: the loss is not finite in step " in said
+    [reason] = [line for line in said.splitlines() if line.startswith(f"  {trials[2]['id']}: ")]
+    assert " is not finite in step " in reason
 
 
 def test_the_best_configuration_its_checkpoint_and_its_figures_can_be_found(searched: tuple[Path, str]) -> None:
     folder, said = searched
     best = json.loads((folder / "runs" / "a" / "results.json").read_text())[0]
     assert f"optim.lr: {best['sample']['optim.lr']}" in said
-    [line] = [line for line in said.splitlines() if line.startswith("best configuration (whole: ")]
-    path = folder / line.removeprefix("best configuration (whole: ").removesuffix("):")
+    [line] = [line for line in said.splitlines() if line.startswith("configuration of this trial, ")]
+    assert "not calibrated" in line
+    path = folder / line.rpartition(": ")[2]
     assert load_config(path).optim.lr == best["sample"]["optim.lr"]
     [checkpoint] = [line for line in said.splitlines() if line.startswith("best checkpoint: ")]
     assert (folder / checkpoint.removeprefix("best checkpoint: ") / "weights.safetensors").exists()
@@ -92,6 +99,37 @@ def test_a_finished_search_that_is_resumed_tells_the_same(searched: tuple[Path, 
     assert done.returncode == 0, done.stderr
     assert table_rows(done.stdout) == table_rows(said)
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs" / "a").glob("*/checkpoints/*/*")} == before
+
+
+def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = SyntheticConfig(num_train=6, num_test=2, mean_diameter_px=16.0, nuclei_per_cluster=(2, 2))
+    write_nucleus_folder(drawn, tmp_path / "clusters")
+    settings = {
+        "data": {"root": str(tmp_path / "clusters")},
+        "train": {"epochs": 1},
+        "tracking": {"kind": "offline"},
+        "search": {"space": {"optim.lr": {"choice": [0.05]}}},
+    }
+    config = load_config(overrides=merged(SMALL, settings))
+    folder = tmp_path / "runs" / "a"
+    trials = [Trial("t", {"optim.lr": 0.05}, score=0.5, tie_break=0.5, epochs=1, seconds=1.0, failure=None)]
+    solution = sorted((tmp_path / "clusters" / "test" / "solutions").glob("*.png"))[0]
+    saved = solution.read_bytes()
+    solution.unlink()
+    with pytest.raises(DataError, match=solution.stem):
+        _print_conclusion(trials, config, folder, verbose=False)
+    said = capsys.readouterr().out
+    assert f"best checkpoint: {folder / 'final' / 'checkpoints'}" in said
+    assert "winner: W&B offline run, to upload it: wandb sync " in said
+    [line] = [line for line in said.splitlines() if line.startswith("whole configuration: ")]
+    assert load_config(Path(line.removeprefix("whole configuration: "))) == config.replaced({"optim.lr": 0.05})
+
+    solution.write_bytes(saved)
+    _print_conclusion(trials, config, folder, verbose=False)
+    assert "test: 2 images" in capsys.readouterr().out
+    evaluation = read_identity(folder / "final" / "evaluation-test")
+    assert evaluation is not None
+    assert (evaluation.job_type, evaluation.group) == ("evaluate", "a")
 
 
 @pytest.mark.slow
