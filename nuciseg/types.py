@@ -45,7 +45,7 @@ class Batch:
     """What one training step sees.
 
     `images_BCHW` float32, `targets_BKHW` float32 in [0, 1], `valid_BHW` bool: False where a pixel
-    is padding or ignored and so counts in no loss and no score.
+    is padding or ignored and so counts in no loss.
     """
 
     images_BCHW: torch.Tensor

@@ -20,7 +20,6 @@ os.environ.update(
     WANDB_SILENT="true",
     HF_HUB_OFFLINE="1",
     NO_ALBUMENTATIONS_UPDATE="1",
-    MPLBACKEND="agg",
 )
 os.environ.pop("WANDB_API_KEY", None)
 

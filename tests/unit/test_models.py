@@ -154,7 +154,8 @@ class TestPackageWeights:
 
     def test_they_recognise_a_photograph(self) -> None:
         """The mapping onto timm's names is right only if the whole network still works."""
-        matplotlib = pytest.importorskip("matplotlib")
+        import matplotlib
+
         photo_path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
         from PIL import Image
 
