@@ -121,7 +121,7 @@ def open_tracker(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(run_dir / METRICS_FILE)
-        mode = _wandb_mode(config, verbose)
+        mode = wandb_mode(config, verbose)
         wandb_run = (
             None
             if mode is None
@@ -137,7 +137,7 @@ def open_tracker(
     return tracker
 
 
-def _wandb_mode(config: TrackingConfig, verbose: bool) -> Mode | None:
+def wandb_mode(config: TrackingConfig, verbose: bool) -> Mode | None:
     if config.kind == "none":
         return None
     if config.kind == "offline":

@@ -113,7 +113,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
 def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, verbose: bool) -> None:
     import yaml
 
-    from nuciseg.distributed.final import evaluate_final, train_final
+    from nuciseg.distributed.final import evaluate_final, num_epochs, train_final
     from nuciseg.distributed.search import winner
     from nuciseg.distributed.worker import CONFIG_FILE
     from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint
@@ -127,8 +127,10 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()
     print(f"best configuration:\n{sample}")
     if config.search.final:
-        print(f"\ntraining the winner for {best.train.epochs} epochs", flush=True)
-        best_dir, what = train_final(best, folder, verbose=verbose), "whole configuration"
+        trial_dir = folder / trials[0].id
+        missing = best.train.epochs - num_epochs(trial_dir)
+        print(f"\ntraining the winner for {best.train.epochs} epochs" + (", as its trial was" if missing <= 0 else ""))
+        best_dir, what = train_final(best, folder, trial_dir, verbose=verbose), "whole configuration"
     else:
         best_dir, what = folder / trials[0].id, "configuration of this trial, shorter than a run and not calibrated"
     print(f"{what}: {best_dir / CONFIG_FILE}")

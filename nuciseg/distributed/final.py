@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
@@ -9,7 +11,7 @@ from nuciseg.distributed.progress import followed
 from nuciseg.distributed.runs import train_identity
 from nuciseg.distributed.training import run_training
 from nuciseg.distributed.worker import Job
-from nuciseg.engine.checkpoint import CheckpointStore
+from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint
 from nuciseg.engine.datasets import format_of, open_samples, refuse_smaller_than
 from nuciseg.engine.evaluation import EvaluationResult, SplitName, default_out, evaluate_checkpoint
 from nuciseg.engine.network import stride_of
@@ -22,13 +24,32 @@ def check_test_images(config: Config) -> None:
         refuse_smaller_than(stride_of(config), open_samples(config.data, "test"))
 
 
-def train_final(config: Config, search_dir: Path, *, verbose: bool) -> Path:
-    """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder."""
+def train_final(config: Config, search_dir: Path, trial_dir: Path, *, verbose: bool) -> Path:
+    """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder.
+
+    A winner whose trial was as long as `train.epochs` is there already: its checkpoints are taken over, and only what
+    trials leave out, calibration, is done.
+    """
     run_dir = search_dir / "final"
+    if CheckpointStore(run_dir).last is None and num_epochs(trial_dir) >= config.train.epochs:
+        _copy_whole(CheckpointStore(trial_dir).folder, CheckpointStore(run_dir).folder)
     identity = train_identity(config, run_dir, search_dir.name)
     with followed(run_dir, config.train.epochs, config.train.metric):
         run_training(Job(config, run_dir.resolve(), identity, verbose))
     return run_dir
+
+
+def num_epochs(run_dir: Path) -> int:
+    """For how many epochs the run has been trained."""
+    last = CheckpointStore(run_dir).last
+    return load_checkpoint(last).progress.epoch if last is not None else 0
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, temporary)
+    os.rename(temporary, target)
 
 
 def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:

@@ -22,7 +22,7 @@ from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.losses import build_loss
 from nuciseg.models import TimmConfig, build_model
 from nuciseg.targets import build_target
-from nuciseg.tracking import RunIdentity, _wandb_mode, read_identity
+from nuciseg.tracking import RunIdentity, read_identity, wandb_mode
 
 
 def check_settings(config: Config, *, verbose: bool) -> None:
@@ -40,7 +40,7 @@ def check_settings(config: Config, *, verbose: bool) -> None:
     for model in {(model.encoder, model.pretrained): model for model in timm_models}.values():
         build_model(model, 1, num_maps)
     if config.tracking.kind == "wandb":
-        _wandb_mode(config.tracking, verbose)
+        wandb_mode(config.tracking, verbose)
 
 
 def check_precision(config: Config) -> None:

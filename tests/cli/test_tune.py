@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_runs import SMALL
+from small_runs import SMALL, last_checkpoint, logged_epochs, run, small_config
 
 from nuciseg.config import load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
+from nuciseg.distributed.final import train_final
 from nuciseg.distributed.search import Trial
+from nuciseg.distributed.worker import FINISHED_FILE
 from nuciseg.errors import DataError
 from nuciseg.tracking import read_identity
 from nuciseg.tune import _print_conclusion
@@ -155,3 +157,21 @@ def test_a_search_in_which_every_trial_fails_says_so(tmp_path: Path) -> None:
     [line] = done.stderr.splitlines()
     assert line.startswith("nuciseg: every trial failed")
     assert "1 of 1 trials failed:" in done.stdout
+
+
+def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path) -> None:
+    trial = small_config(**{"train.epochs": 2, "train.calibrate": False})
+    run(trial, tmp_path / "trial")
+    config = trial.replaced({"train.calibrate": True})
+    for _ in range(2):  # the second finds it done
+        final = train_final(config, tmp_path, tmp_path / "trial", verbose=False)
+    assert last_checkpoint(final).progress == last_checkpoint(tmp_path / "trial").progress
+    assert logged_epochs(final) == [1, 2]
+    assert load_config(final / "config.yaml").train.calibrate
+    assert (final / FINISHED_FILE).exists()
+
+    longer = config.replaced({"train.epochs": 3})
+    final = train_final(longer, tmp_path / "longer", tmp_path / "trial", verbose=False)
+    assert logged_epochs(final) == [1, 2, 3]
+    trained, taken = (last_checkpoint(folder).progress.history[0]["train_s"] for folder in (final, tmp_path / "trial"))
+    assert trained != taken, "a schedule of other length is begun anew"
