@@ -105,14 +105,14 @@ def train_loop(arguments: dict[str, Any]) -> None:
     place = Place(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
-        device=_device(job.config.scale, distributed),
+        device=_device(job, distributed),
     )
     run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)))
 
 
-def _device(scale: ScaleConfig, distributed: bool) -> torch.device:
+def _device(job: Job, distributed: bool) -> torch.device:
     """A group of workers was given what `scale` asks for; one alone must ask itself."""
-    if distributed or (scale.use_gpu is not False and torch.cuda.is_available()):
+    if distributed or (job.config.scale.use_gpu is not False and torch.cuda.is_available()):
         return torch.device(ray.train.torch.get_device())
     return torch.device("cpu")
 

@@ -15,7 +15,8 @@ from nuciseg.engine.datasets import TrainingSet, open_training_set
 from nuciseg.engine.evaluation import image_row
 from nuciseg.engine.inference import Place, predict_instances, score_samples
 from nuciseg.engine.loop import EpochReport, train
-from nuciseg.engine.network import load_network, stride_of
+from nuciseg.engine.network import Network, load_network, stride_of
+from nuciseg.engine.precision import local_device
 from nuciseg.errors import NucisegError
 from nuciseg.metrics import ImageScores, Scores
 from nuciseg.plots import triptych
@@ -97,27 +98,24 @@ class _Diary:
         self.tracker.log_epoch(epoch, report.metrics)
         if report.is_best:
             self._write_images(report.image_scores)
-        if epoch <= OVERLAYS_EVERY_EPOCHS or epoch % OVERLAYS_EVERY_EPOCHS == 0 or epoch == self.config.train.epochs:
-            # A fixed panel: the same validation images each time.
-            panel = self.data.split.validation[: self.config.tracking.num_overlays]
-            overlays = {}
-            for found, instances in predict_instances(report.network, self.data.samples, panel):
-                sample = self.data.samples[found.index]
-                overlays[found.id] = triptych(sample.image_HWC, sample.labels_HW, instances.labels_HW, found.id)
-            self.tracker.log_overlays(epoch, overlays)
+        if (epoch <= OVERLAYS_EVERY_EPOCHS or epoch % OVERLAYS_EVERY_EPOCHS == 0) and epoch < self.config.train.epochs:
+            _draw_panel(report.network, self.data, self.tracker, epoch)
 
     def conclude(self, place: Place) -> None:
-        """Choose the thresholds of the best checkpoint where that is wanted, log what is left to log."""
-        best = self.store.best
+        """Choose the thresholds of the best checkpoint where that is wanted, draw what it answers, log what is left."""
+        best, last = self.store.best, self.store.last
         assert best is not None  # training has at least one epoch
+        assert last is not None
+        network, checkpoint = load_network(best, place.device)
         if self.config.train.calibrate:
-            network, checkpoint = load_network(best, place.device)
             validation = self.data.split.validation
             target = calibrate(network, self.data.samples, validation, self.config.train.metric)
-            images = score_samples(load_network(best, place.device, target)[0], self.data.samples, validation)
+            network, _ = load_network(best, place.device, target)
+            images = score_samples(network, self.data.samples, validation)
             config = checkpoint.config.model_copy(update={"target": target})
             replace_config(best, config, Scores.total(images).flat_summary())
             self._write_images(images)
+        _draw_panel(network, self.data, self.tracker, load_checkpoint(last).progress.epoch)
         _conclude(self.job.run_dir, best, self.tracker)
 
     def _write_images(self, images: Iterable[ImageScores]) -> None:
@@ -128,11 +126,29 @@ class _Diary:
 def conclude_stopped(job: Job) -> None:
     """Log to the end a run that a scheduler stopped: such a run is ended in the middle of its last report."""
     store = CheckpointStore(job.run_dir)
-    if store.best is None or (job.run_dir / FINISHED_FILE).exists() or noted_failure(job.run_dir) is not None:
+    if (
+        store.best is None
+        or store.last is None
+        or (job.run_dir / FINISHED_FILE).exists()
+        or noted_failure(job.run_dir) is not None
+    ):
         return
     tracker = _open_tracker(job, job.config, store)
+    checkpoint = load_checkpoint(store.last)
+    data = open_training_set(checkpoint.config, stride_of(checkpoint.config))
+    _draw_panel(load_network(store.best, local_device())[0], data, tracker, checkpoint.progress.epoch)
     _conclude(job.run_dir, store.best, tracker)
     tracker.finish(0)
+
+
+def _draw_panel(network: Network, data: TrainingSet, tracker: Tracker, epoch: int) -> None:
+    """A fixed panel: the same validation images each time."""
+    panel = data.split.validation[: network.config.tracking.num_overlays]
+    overlays = {}
+    for found, instances in predict_instances(network, data.samples, panel):
+        sample = data.samples[found.index]
+        overlays[found.id] = triptych(sample.image_HWC, sample.labels_HW, instances.labels_HW, found.id)
+    tracker.log_overlays(epoch, overlays)
 
 
 def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:

@@ -54,7 +54,14 @@ class Driver:
         self.log = folder / "driver.log"
         with self.log.open("a") as log:
             command = [sys.executable, "-m", "nuciseg.tune", *words]
-            self.process = psutil.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            # Whoever runs the tests in the background ignores SIGINT, and so would all that it starts.
+            self.process = psutil.Popen(
+                command,
+                cwd=folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )
         self.family: list[psutil.Process] = []
 
     def interrupt(self, by: signal.Signals) -> int:
@@ -101,7 +108,8 @@ def test_an_interrupted_search_goes_on_where_it_was(by: signal.Signals, tmp_path
         return [run_dir for run_dir in trial_dirs() if (run_dir / FINISHED_FILE).exists()]
 
     def running() -> list[Path]:
-        return [run_dir for run_dir in trial_dirs() if run_dir not in finished() and len(logged_epochs(run_dir)) >= 2]
+        """With enough epochs to go that they do not end while the driver does."""
+        return [run_dir for run_dir in trial_dirs() if 2 <= len(logged_epochs(run_dir)) <= NUM_EPOCHS // 2]
 
     drivers.append(Driver(tmp_path, "--config", "search.yaml"))
     wait_until(

@@ -108,11 +108,20 @@ def test_a_trial_that_went_to_the_end_has_a_fixed_panel_of_pictures(searched: Se
     best = searched.trials[0]
     [leg] = searched.runs(best["id"])
     pictures = leg.pictures()
-    assert 1 <= len(pictures) <= 16
-    assert {epoch for epoch, _ in pictures} == {NUM_EPOCHS}
+    assert 1 <= len({key for _, key in pictures}) <= 16
+    assert {epoch for epoch, _ in pictures} == set(range(1, NUM_EPOCHS + 1))
     assert all(path.stat().st_size > 0 for path in pictures.values())
     [final] = searched.runs("final")
     assert {key for _, key in final.pictures()} == {key for _, key in pictures}
+
+
+def test_a_trial_that_was_stopped_has_pictures_too(searched: Searched) -> None:
+    stopped = [trial for trial in searched.trials if trial["epochs"] < NUM_EPOCHS]
+    assert stopped
+    for trial in stopped:
+        drawn = [epoch for leg in searched.runs(trial["id"]) for epoch, _ in leg.pictures()]
+        assert trial["epochs"] in drawn
+        assert len(drawn) <= 16 * trial["epochs"], "the same picture twice"
 
 
 def test_every_trial_has_its_table_and_its_checkpoint_also_one_that_was_stopped(searched: Searched) -> None:
