@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=2, get_renderable=self._table)
             self.live.start()
+            atexit.register(self.live.stop)  # after Ctrl+C too: it gives the cursor back
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._show(trial, "running", "-", "started")
