@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nuciseg.config import Config, load_config
+from nuciseg.config import Config, load_config, merged
 from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, load_checkpoint
 from nuciseg.engine.datasets import TrainingSet, open_training_set
 from nuciseg.engine.inference import Place
@@ -30,6 +30,20 @@ SMALL: dict[str, Any] = {
     "tracking": {"kind": "none"},
 }
 MEASURED_TIMES = ("train_s", "validation_s", "images_per_s", "data_wait_share")
+
+
+QUICK_TO_LEARN: dict[str, Any] = merged(
+    SMALL,
+    {
+        "data": {"synthetic": {"num_train": 60}, "batch_size": 2},
+        "augment": {"enabled": False},
+        "model": {"dropout": 0.0},
+        "loss": {"weights": {"dice": 4.0}},
+        "schedule": {"kind": "constant"},
+        "train": {"ema_decay": None},
+    },
+)
+"""At learning rate 0.05 the network finds borders within an epoch."""
 
 
 def small_config(**changes: Any) -> Config:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from ray.tune.search.optuna import OptunaSearch
-from small_runs import SMALL, last_checkpoint, logged_epochs, wait_until
+from small_runs import QUICK_TO_LEARN, last_checkpoint, logged_epochs, wait_until
 from wandb_offline import read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
@@ -28,12 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_TRIALS, NUM_EPOCHS = 5, 10
 SEARCH = {
-    "data": {"synthetic": {"num_train": 60}, "batch_size": 2},
-    "augment": {"enabled": False},
-    "model": {"dropout": 0.0},
-    "loss": {"weights": {"dice": 4.0}},
-    "schedule": {"kind": "constant"},
-    "train": {"epochs": NUM_EPOCHS, "ema_decay": None},
+    "train": {"epochs": NUM_EPOCHS},
     "scale": {"cpus_per_worker": 1},
     "tracking": {"kind": "offline"},
     "run": {"storage_path": "runs", "name": "search"},
@@ -98,7 +93,7 @@ def files_of(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT], ids=lambda by: by.name)
 def test_an_interrupted_search_goes_on_where_it_was(by: signal.Signals, tmp_path: Path, drivers: list[Driver]) -> None:
-    (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(QUICK_TO_LEARN, SEARCH)))
     folder = tmp_path / "runs" / "search"
 
     def trial_dirs() -> list[Path]:

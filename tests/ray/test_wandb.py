@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from small_runs import SMALL
+from small_runs import QUICK_TO_LEARN
 from wandb_offline import OfflineRun, read_offline_runs
 
 from nuciseg.config import merged
@@ -24,12 +24,7 @@ from nuciseg.distributed.search import RESULTS_FILE
 NUM_EPOCHS = 5
 GRID = [0.05, 1e-9, 1e-8]  # the first learns; scheduled after it, the others are stopped
 SEARCH = {
-    "data": {"synthetic": {"num_train": 60}, "batch_size": 2},
-    "augment": {"enabled": False},
-    "model": {"dropout": 0.0},
-    "loss": {"weights": {"dice": 4.0}},
-    "schedule": {"kind": "constant"},
-    "train": {"epochs": NUM_EPOCHS, "ema_decay": None},
+    "train": {"epochs": NUM_EPOCHS},
     "tracking": {"kind": "auto", "tags": ["from-a-test"]},
     "run": {"storage_path": "runs", "name": "borders"},
     "search": {
@@ -58,7 +53,7 @@ class Searched(NamedTuple):
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     """A search of a user who has a key, while W&B's server cannot be reached."""
     home = tmp_path_factory.mktemp("home")
-    (home / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, SEARCH)))
+    (home / "search.yaml").write_text(yaml.safe_dump(merged(QUICK_TO_LEARN, SEARCH)))
     key = secrets.token_hex(20)
     ray_folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie in it
     environment = {**os.environ, "WANDB_API_KEY": key, "HOME": str(home), "RAY_TMPDIR": str(ray_folder)}
