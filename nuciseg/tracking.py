@@ -73,6 +73,11 @@ class Tracker:
         if self._wandb_run is not None:
             self._wandb_run.log_epoch(epoch, metrics)
 
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether drawing any is worth the while."""
+        return self._wandb_run is not None
+
     def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
         """Pictures by image id, each rgb_HWC uint8."""
         if self._wandb_run is not None and overlays:

@@ -134,15 +134,18 @@ def conclude_stopped(job: Job) -> None:
     ):
         return
     tracker = _open_tracker(job, job.config, store)
-    checkpoint = load_checkpoint(store.last)
-    data = open_training_set(checkpoint.config, stride_of(checkpoint.config))
-    _draw_panel(load_network(store.best, local_device())[0], data, tracker, checkpoint.progress.epoch)
+    if tracker.shows_pictures:
+        checkpoint = load_checkpoint(store.last)
+        data = open_training_set(checkpoint.config, stride_of(checkpoint.config))
+        _draw_panel(load_network(store.best, local_device())[0], data, tracker, checkpoint.progress.epoch)
     _conclude(job.run_dir, store.best, tracker)
     tracker.finish(0)
 
 
 def _draw_panel(network: Network, data: TrainingSet, tracker: Tracker, epoch: int) -> None:
     """A fixed panel: the same validation images each time."""
+    if not tracker.shows_pictures:
+        return
     panel = data.split.validation[: network.config.tracking.num_overlays]
     overlays = {}
     for found, instances in predict_instances(network, data.samples, panel):
