@@ -171,3 +171,8 @@ def _as_grey(path: Path, pixels: NDArray[np.generic]) -> NDArray[np.generic]:
     if not np.all(pixels == pixels[..., :1]):
         raise DataError(f"{path} is a colour image where grey is needed; convert it to one grey channel.")
     return np.ascontiguousarray(pixels[..., 0])
+
+
+def saturated_value(image_HWC: NDArray[Any]) -> float:
+    """The raw value of a saturated pixel; infinity for floating-point images, which do not saturate."""
+    return float(np.iinfo(image_HWC.dtype).max) if image_HWC.dtype.kind in "ui" else float("inf")

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"search folder: {folder}\n{describe_disk_need(config, folder)}", flush=True)
     if args.resume is not None:
-        _, trials = resume_search(folder, verbose=args.verbose)
+        trials = resume_search(config, folder, verbose=args.verbose)
     else:
         trials = start_search(config, folder, verbose=args.verbose)
     _print_trials(trials, config)

@@ -51,6 +51,9 @@ class AugmentConfig(Section):
     gamma: float = Field(0.2, ge=0, le=1, description="0.2 takes exponents of 1/1.2 to 1.2")
     blur_px: float = Field(1.0, ge=0, le=10, description="largest standard deviation of the Gaussian blur, px")
     noise: float = Field(0.05, ge=0, le=1, description="largest standard deviation of the Gaussian noise")
+    join: float = Field(
+        0.0, ge=0, le=1, description="chance that another training cluster is laid against it (cut-out clusters only)"
+    )
     probability: float = Field(
         0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"
     )

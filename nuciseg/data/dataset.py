@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, Augmenter, NormalizedSample
+from nuciseg.data.joining import join_clusters
+from nuciseg.images import saturated_value
 from nuciseg.section import Section
 from nuciseg.types import Batch, Sample
 
@@ -25,6 +27,7 @@ CANVAS_MARGIN = 1.05  # room for a cluster that turns on its canvas
 WINDOW_BATCHES = 16  # batches that are sorted by size together: larger wastes less, smaller mixes better
 MIN_PIXELS = 16  # fewer pixels than this have no percentiles worth using
 NORMALIZED_RANGE = (-1.0, 3.0)
+JOINING = 1  # tells the random numbers of joining from those of the other augmentation
 
 
 class NormalizationConfig(Section):
@@ -61,11 +64,6 @@ class TargetEncoder(Protocol):
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
-def saturated_value(image_HWC: NDArray[Any]) -> float:
-    """The raw value of a saturated pixel; infinity for floating-point images, which do not saturate."""
-    return float(np.iinfo(image_HWC.dtype).max) if image_HWC.dtype.kind in "ui" else float("inf")
-
-
 def normalization_bounds(image_HWC: NDArray[Any], config: NormalizationConfig) -> tuple[float, float]:
     """The raw values (low, high) that become 0 and 1; over all channels together.
 
@@ -220,7 +218,8 @@ class LoadedBatch:
 class TrainingData:
     """Everything that turns a sample index into network input and targets.
 
-    `multiple` is the network's stride: canvases are multiples of it.
+    `multiple` is the network's stride: canvases are multiples of it. `join` is the chance that a sample gets another
+    one of `indices` laid against it.
     """
 
     samples: SampleStore
@@ -231,13 +230,30 @@ class TrainingData:
     crop_px: int
     seed: int
     multiple: int = 32
+    join: float = 0.0
 
-    def canvas_px(self, index: int) -> int:
-        return canvas_side(self.samples.shapes[index], self.crop_px, self.multiple)
+    def canvas_px(self, index: int, epoch: int) -> int:
+        """Side of the canvas of a sample; of a joined one such that both fit in whatever way they lie."""
+        height, width, *_ = self.samples.shapes[index]
+        partner = self._partner(index, epoch)[0]
+        more = 0 if partner is None else max(self.samples.shapes[partner][:2])
+        return canvas_side((height + more, width + more), self.crop_px, self.multiple)
+
+    def _partner(self, index: int, epoch: int) -> tuple[int | None, np.random.Generator]:
+        """The sample that is joined to this one, if any, and the generator of how; from (seed, epoch, index) alone."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index, JOINING]))
+        if rng.random() >= self.join:
+            return None, rng
+        return self.indices[int(rng.integers(len(self.indices)))], rng
+
+    def _sample(self, index: int, epoch: int) -> Sample:
+        partner, rng = self._partner(index, epoch)
+        sample = self.samples[index]
+        return sample if partner is None else join_clusters(sample, self.samples[partner], rng)
 
     def plan(self, epoch: int, batch_size: int) -> list[PlannedBatch]:
         """The global batches of an epoch."""
-        sides = [self.canvas_px(index) for index in self.indices]
+        sides = [self.canvas_px(index, epoch) for index in self.indices]
         return epoch_batches(self.indices, sides, batch_size, self.seed, epoch)
 
     def load(self, planned: PlannedBatch, epoch: int, rank: int = 0, world_size: int = 1) -> LoadedBatch:
@@ -251,8 +267,8 @@ class TrainingData:
         targets = np.zeros((len(part), len(self.target.map_names), side, side), np.float32)
         valid = np.zeros((len(part), side, side), np.bool_)
         for row, index in enumerate(part):
-            normalized = normalized_sample(self.samples[index], self.normalization)
-            own = self.canvas_px(index)
+            normalized = normalized_sample(self._sample(index, epoch), self.normalization)
+            own = self.canvas_px(index, epoch)
             rng_seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)[0]
             placed = self.augmenter(normalized, own, int(rng_seed))
             top = (side - own) // 2

@@ -26,7 +26,7 @@ from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.progress import SearchProgress
-from nuciseg.distributed.space import build_space, configure, describe
+from nuciseg.distributed.space import build_space, configure, describe, plain_values
 from nuciseg.distributed.training import fit_workers, reported
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
@@ -39,6 +39,7 @@ from nuciseg.tracking import RunIdentity
 
 RESULTS_FILE = "results.json"
 SAMPLE_FILE = "sample.json"
+_OPTUNA_LACKS = ("randn", "qrandn", "qloguniform", "qlograndint")  # Ray's link to it fails, or drops the step
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,17 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
     return _fit(tuner, plan)
 
 
-def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
+def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
     """Go on with an interrupted search: finished trials are kept, running ones go on from their checkpoints.
 
-    Raises ConfigError where `folder` holds no search.
+    `config` is what `read_search_config` finds in `folder`.
     """
     folder = folder.resolve()  # Ray takes a relative path for an address
-    config = read_search_config(folder)
     check_data(config)  # a drive that is not there yet must not end every trial
     plan = _plan(config, folder, verbose)
     _concurrent_trials(config, plan.need)
     if not tune.Tuner.can_restore(str(folder)):
-        return config, start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
+        return start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
     for run_dir in folder.iterdir():
         if not isinstance(noted_failure(run_dir), TrainingError | None):
             forget_failure(run_dir)
@@ -129,7 +129,7 @@ def resume_search(folder: Path, *, verbose: bool) -> tuple[Config, list[Trial]]:
         resume_unfinished=True,
         restart_errored=True,
     )
-    return config, _fit(tuner, plan)
+    return _fit(tuner, plan)
 
 
 def read_search_config(folder: Path) -> Config:
@@ -259,6 +259,12 @@ def _search_space(config: Config) -> dict[str, Any]:
             key: tune.grid_search(line.categories) if hasattr(line, "categories") else line
             for key, line in space.items()
         }
+    unknown = [key for key, line in config.search.space.items() if set(_OPTUNA_LACKS) & set(line)]
+    if unknown and config.search.sampler == "optuna":
+        raise ConfigError(
+            f"search.space.{unknown[0]}: the optuna sampler knows none of {', '.join(_OPTUNA_LACKS)}; take another "
+            "line, or set search.sampler to random"
+        )
     if gridded and config.search.sampler == "optuna":
         raise ConfigError(f"search.space.{gridded[0]}: the optuna sampler takes `choice`, not `grid_search`")
     return space
@@ -359,7 +365,7 @@ def _trial(result: Any, config: Config, folder: Path) -> Trial:
     best = _best_rank(run_dir, config.train.metric)
     return Trial(
         id=trial_id,
-        sample=sample,
+        sample=plain_values(sample),
         score=best[0],
         tie_break=best[1],
         epochs=len(history),

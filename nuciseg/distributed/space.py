@@ -46,6 +46,11 @@ _NOT_SEARCHED = {
     "winner",
     "train.metric": "trials are ranked by one score, so set it in the base configuration",
     "train.calibrate": "only the winner is calibrated, so set it in the base configuration",
+    "inference": "trials are validated with one view, so set it in the base configuration",
+    **dict.fromkeys(
+        ("data.root", "data.format", "data.cache_dir", "data.synthetic", "data.validation_fraction", "data.split_seed"),
+        "trials are compared on the same images, so set it in the base configuration",
+    ),
 }
 _SECTION_MARK = "section:"  # a choice between sections travels as text: samplers keep only plain values
 
@@ -65,7 +70,12 @@ def build_space(config: Config) -> dict[str, Any]:
 
 def configure(base: Config, sample: Mapping[str, Any]) -> Config:
     """The whole validated configuration of one trial. Raises ConfigError that names the sample's key."""
-    return base.replaced({key: _value(drawn) for key, drawn in sample.items()})
+    return base.replaced(plain_values(sample))
+
+
+def plain_values(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The drawn values as they stand in a configuration file, sections as mappings."""
+    return {key: _value(drawn) for key, drawn in sample.items()}
 
 
 def variants(config: Config, section: str) -> list[Config]:
@@ -102,8 +112,7 @@ def num_trials(config: Config) -> int:
 def describe(sample: Mapping[str, Any]) -> str:
     """What differs between trials, for names and tables: `lr=0.001 batch_size=8`."""
     parts = []
-    for key, drawn in sample.items():
-        value = _value(drawn)
+    for key, value in plain_values(sample).items():
         if isinstance(value, Mapping):
             value = "/".join(str(part) for part in value.values())
         shown = f"{value:.3g}" if isinstance(value, float) else str(value)

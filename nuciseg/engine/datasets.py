@@ -10,10 +10,10 @@ from nuciseg.config import Config, DataConfig
 from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData
-from nuciseg.data.formats import detect_format, get_format, synthetic
+from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
 from nuciseg.data.splits import Split, split_records
 from nuciseg.engine.network import stride_of
-from nuciseg.errors import DataError
+from nuciseg.errors import ConfigError, DataError
 from nuciseg.targets import build_target
 from nuciseg.types import Record, Sample
 
@@ -46,7 +46,12 @@ def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
 
 
 def open_training_set(config: Config, stride: int) -> TrainingSet:
-    """Training and validation images, for a network of `stride` pixels. Raises DataError."""
+    """Training and validation images, for a network of `stride` pixels. Raises ConfigError or DataError."""
+    if config.augment.join and format_of(config.data) not in CLUSTER_FORMATS:
+        raise ConfigError(
+            f"augment.join is {config.augment.join}, but only clusters cut out on black can be laid against each "
+            f"other; set it to 0 for data in the {format_of(config.data)!r} layout"
+        )
     samples, split = open_split_samples(config.data)
     refuse_smaller_than(stride, samples)
     training_data = TrainingData(
@@ -58,6 +63,7 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
         crop_px=config.data.crop_px,
         seed=config.seed,
         multiple=max(stride, 32),
+        join=config.augment.join if config.augment.enabled else 0.0,
     )
     return TrainingSet(samples, split, training_data)
 

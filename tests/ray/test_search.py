@@ -251,7 +251,7 @@ def test_data_that_is_away_ends_a_resumption_before_it_ends_the_trials(tmp_path:
     away = small_config(**PLAIN, **{"data.root": str(tmp_path / "away"), "data.format": "nucleus"})
     write_config(away, folder / "config.yaml")
     with pytest.raises(DataError, match="away"):
-        resume_search(folder, verbose=False)
+        resume_search(away, folder, verbose=False)
     assert list(folder.iterdir()) == [folder / "config.yaml"]
 
 

@@ -11,7 +11,7 @@ from ray.tune.search.sample import Domain
 
 from nuciseg.config import Config
 from nuciseg.distributed.search import _search_space, _within_bounds, check_search
-from nuciseg.distributed.space import build_space, configure, describe, num_trials, variants
+from nuciseg.distributed.space import build_space, configure, describe, num_trials, plain_values, variants
 from nuciseg.errors import ConfigError
 
 LR = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
@@ -69,6 +69,7 @@ def test_what_a_trial_does_not_sample_is_the_base_configuration() -> None:
 
 def test_a_trial_is_described_by_what_differs() -> None:
     [sample] = drawn({"model": {"choice": [{"kind": "unet", "width": 8}]}, "data.batch_size": {"choice": [8]}}, num=1)
+    assert plain_values(sample) == {"model": {"kind": "unet", "width": 8}, "data.batch_size": 8}
     assert describe({**sample, "optim.lr": 0.00123456}) == "model=unet/8 batch_size=8 lr=0.00123"
 
 
@@ -136,6 +137,15 @@ def test_none_and_booleans_can_be_chosen() -> None:
         ({"train.metric": {"choice": ["border_dice"]}}, "train.metric cannot be searched: trials are ranked by one"),
         ({"train.calibrate": {"choice": [True]}}, "train.calibrate cannot be searched"),
         ({"train": {"choice": [{"clip_norm": 1.0}]}}, "train.epochs cannot be searched"),
+        (
+            {"data.split_seed": {"randint": [0, 9]}},
+            "data.split_seed cannot be searched: trials are compared on the same",
+        ),
+        ({"data.synthetic.overlap": {"choice": [0.1, 0.2]}}, "data.synthetic cannot be searched"),
+        (
+            {"inference.num_views": {"choice": [1, 8]}},
+            "inference cannot be searched: trials are validated with one view",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -199,6 +209,8 @@ def test_the_upper_bound_of_integers_is_not_drawn_and_so_not_checked() -> None:
     [
         (LR, {"sampler": "grid"}, "optim.lr: the grid sampler needs `choice`"),
         ({"optim.lr": {"grid_search": [0.1]}}, {"sampler": "optuna"}, "takes `choice`, not `grid_search`"),
+        ({"optim.lr": {"qloguniform": [1e-4, 1e-2, 1e-4]}}, {"sampler": "optuna"}, "knows none of randn, qrandn, qlog"),
+        ({"data.batch_size": {"qlograndint": [4, 16, 4]}}, {"sampler": "optuna"}, "set search.sampler to random"),
         (LR, {"sampler": "optuna", "scheduler": "pbt"}, "pbt draws by itself: set search.sampler to random"),
         ({"model.width": {"choice": [8]}}, {"sampler": "random", "scheduler": "pbt"}, "this key must be fixed"),
         ({"optim.kind": {"choice": ["sgd"]}}, {"sampler": "random", "scheduler": "pbt"}, "this key must be fixed"),

@@ -22,8 +22,11 @@ from nuciseg.data.dataset import (
     normalization_bounds,
     normalize,
 )
+from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster
 from nuciseg.targets import FullBorderConfig, build_target
 from nuciseg.types import Sample
+
+SYNTHETIC = SyntheticConfig(nuclei_per_cluster=(2, 2))
 
 
 class ForegroundTarget:
@@ -62,6 +65,17 @@ def training_data(store: Store, indices: tuple[int, ...] | None = None) -> Train
     return TrainingData(
         store, chosen, NormalizationConfig(), Augmenter(AugmentConfig()), ForegroundTarget(), 128, 3, 32
     )
+
+
+class Clusters:
+    """Drawn clusters."""
+
+    def __init__(self, num: int) -> None:
+        self.drawn = [draw_cluster(SYNTHETIC, cluster_seed(SYNTHETIC, "train", index)) for index in range(num)]
+        self.shapes, self.ids = [sample.labels_HW.shape for sample in self.drawn], [f"drawn{i}" for i in range(num)]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.drawn[index]
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
@@ -203,6 +217,53 @@ def test_batch_types_and_padding() -> None:
     zero = batch.images_BCHW[small][:, ~batch.valid_BHW[small]]
     assert zero.unique().numel() == 1
     assert zero.max() < 0
+
+
+class LabelsTarget(ForegroundTarget):
+    """The labels themselves."""
+
+    def encode(self, labels_HW: np.ndarray) -> np.ndarray:
+        return labels_HW[None].astype(np.float32)
+
+
+def nuclei_of(join: float, world_size: int = 1, epoch: int = 0) -> dict[str, int]:
+    """Nuclei of each training picture; of 12 clusters of two nuclei 8 are for training."""
+    augmenter = Augmenter(AugmentConfig(scale=0, elastic_px=0))
+    data = TrainingData(
+        Clusters(12), tuple(range(8)), NormalizationConfig(), augmenter, LabelsTarget(), 256, 3, 32, join
+    )
+    loaded = [
+        data.load(planned, epoch, rank, world_size).batch
+        for planned in data.plan(epoch, 4)
+        for rank in range(world_size)
+    ]
+    return {
+        id: np.unique(labels_SS[labels_SS > 0]).size
+        for batch in loaded
+        if batch is not None
+        for id, labels_SS in zip(batch.ids, batch.targets_BKHW[:, 0].numpy(), strict=True)
+    }
+
+
+def test_joined_clusters_have_the_nuclei_of_both() -> None:
+    assert set(nuclei_of(0.0).values()) == {2}
+    assert max(nuclei_of(1.0).values()) == 4
+    assert len(nuclei_of(1.0)) == 8
+    half = list(nuclei_of(0.5).values())
+    assert 0 < sum(num > 2 for num in half) < 8
+
+
+def test_joining_depends_on_seed_epoch_and_index_alone() -> None:
+    assert nuclei_of(0.5, world_size=3) == nuclei_of(0.5)
+    assert nuclei_of(0.5, epoch=1) != nuclei_of(0.5)
+
+
+def test_only_training_clusters_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Clusters, "__getitem__", lambda self, index: asked.append(index) or self.drawn[index])
+    nuclei_of(1.0)
+    assert len(asked) > 16
+    assert set(asked) == set(range(8))
 
 
 def test_an_exception_of_a_thread_reaches_the_caller() -> None:

@@ -16,6 +16,8 @@ from nuciseg.types import Record, Sample
 
 FormatName = Literal["auto", "nucleus", "labels", "synthetic"]
 
+CLUSTER_FORMATS = ("nucleus", "synthetic")  # each image is one cluster, cut out on black, its outer border drawn
+
 
 class DataFormat(Protocol):
     """What a module of this package offers."""

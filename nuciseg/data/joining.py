@@ -1,0 +1,190 @@
+"""Two cut-out clusters laid against each other: training images with more nuclei than most clusters have.
+
+A copy-paste augmentation (Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance
+Segmentation", CVPR 2021) for the one case where it matters that objects touch. Light adds up where nuclei overlap and
+fades towards their rims, so that the new contact is a dark valley, a bright band or nearly nothing, as real ones are.
+
+Shape legend: H rows, W columns, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from nuciseg.data.synthetic import outer_border
+from nuciseg.images import saturated_value
+from nuciseg.types import Sample
+
+MAX_TRIES = 8
+OVERLAP_PX = (4.0, 18.0)  # how far one cluster is pushed into the other
+RIM_PX = (1.0, 6.0)  # over this distance the light of a nucleus rises from its edge
+SPREAD_OF_BRIGHTNESS = 0.2  # relative, between neighbours
+MIN_SEEN_SHARE = 0.6  # of each nucleus, else too much of it lies beneath another
+LANE_PX = 2.0  # wider than the diagonal of a pixel, so that a lane across a nucleus is never empty
+MAX_LINE_PX = 6  # a drawn line reaches no deeper into the cluster
+
+
+def join_clusters(first: Sample, second: Sample, rng: np.random.Generator) -> Sample:
+    """`second`, turned by a multiple of 90 degrees, mirrored and matched in brightness, touching `first`.
+
+    Both are cut-out clusters (0 outside, outer border drawn in the highest value) of one dtype and number of channels,
+    and so is the result; `labels_HW` of the second follow those of the first. Where they overlap a pixel belongs to
+    the cluster that it lies deeper in. `first` comes back as it is where no place is found.
+    """
+    second = _turned(second, rng)
+    for _ in range(MAX_TRIES):
+        offset = _touching_offset(first.labels_HW > 0, second.labels_HW > 0, rng)
+        joined = None if offset is None else _composed(first, second, offset, rng)
+        if joined is not None:
+            return joined
+    return first
+
+
+def _turned(sample: Sample, rng: np.random.Generator) -> Sample:
+    quarter_turns = int(rng.integers(4))
+    mirrored = bool(rng.integers(2))
+
+    def turn(array: NDArray[Any]) -> NDArray[Any]:
+        turned = np.rot90(array, quarter_turns)
+        return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+
+    return Sample(turn(sample.image_HWC), turn(sample.labels_HW))
+
+
+def _touching_offset(
+    first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_], rng: np.random.Generator
+) -> tuple[int, int] | None:
+    """(rows, columns) to move `second` by, so that it comes from a random side and is pushed a little into `first`.
+
+    None where it would pass `first` by, which can only happen where one of them is in several pieces.
+    """
+    angle = rng.uniform(0, 2 * math.pi)
+    along, across = np.array([math.sin(angle), math.cos(angle)]), np.array([math.cos(angle), -math.sin(angle)])
+    first_N2, second_N2 = np.argwhere(first_HW), np.argwhere(second_HW)
+    # The second's centre meets the line of approach somewhere in the middle half of the first's width.
+    width_N = first_N2 @ across
+    aim = rng.uniform(*np.quantile(width_N, [0.25, 0.75]))
+    aside = aim - float(np.median(second_N2 @ across))
+    lane_first_N = np.rint(width_N / LANE_PX).astype(int)
+    lane_second_N = np.rint((second_N2 @ across + aside) / LANE_PX).astype(int)
+    lowest = min(lane_first_N.min(), lane_second_N.min())
+    num_lanes = max(lane_first_N.max(), lane_second_N.max()) - lowest + 1
+    front_first, front_second = np.full(num_lanes, -np.inf), np.full(num_lanes, np.inf)
+    np.maximum.at(front_first, lane_first_N - lowest, first_N2 @ along)
+    np.minimum.at(front_second, lane_second_N - lowest, second_N2 @ along)
+    touch = float(np.max(front_first - front_second))
+    if not math.isfinite(touch):
+        return None
+    moved = along * (touch - rng.uniform(*OVERLAP_PX)) + across * aside
+    return round(moved[0]), round(moved[1])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One cluster on the picture of both: its light without the drawn line, float32."""
+
+    light_HWC: NDArray[np.float32]
+    labels_HW: NDArray[np.int32]
+    line_HW: NDArray[np.bool_]
+    depth_HW: NDArray[np.float32]
+
+
+def _composed(first: Sample, second: Sample, offset: tuple[int, int], rng: np.random.Generator) -> Sample | None:
+    """Both on one picture; None where that hides or divides a nucleus."""
+    top, left = min(0, offset[0]), min(0, offset[1])
+    height = max(first.labels_HW.shape[0], offset[0] + second.labels_HW.shape[0]) - top
+    width = max(first.labels_HW.shape[1], offset[1] + second.labels_HW.shape[1]) - left
+    below = _layer(first, (height, width), (-top, -left))
+    above = _layer(second, (height, width), (offset[0] - top, offset[1] - left))
+    labels_HW = np.where(
+        above.depth_HW > below.depth_HW,
+        above.labels_HW + below.labels_HW.max() * (above.labels_HW > 0),
+        below.labels_HW,
+    ).astype(np.int32)
+    if not _whole(labels_HW, first.labels_HW, second.labels_HW):
+        return None
+
+    brightness = math.exp(SPREAD_OF_BRIGHTNESS * rng.standard_normal()) * _median(first) / _median(second)
+    rim_px, transparency = rng.uniform(*RIM_PX), rng.uniform(0, 1)
+    both_HW = (below.labels_HW > 0) & (above.labels_HW > 0)
+    one_HWC, other_HWC = (
+        layer.light_HWC * np.where(both_HW, np.minimum(layer.depth_HW / rim_px, 1), 1)[..., None]
+        for layer in (below, above)
+    )
+    other_HWC = other_HWC * brightness
+    light_HWC = np.maximum(one_HWC, other_HWC) + transparency * np.minimum(one_HWC, other_HWC)
+    highest = saturated_value(first.image_HWC)
+    image_HWC = np.clip(np.rint(light_HWC), 1, highest - 1).astype(first.image_HWC.dtype)
+    image_HWC[labels_HW == 0] = 0
+    # Old lines stay where they still are the outside; at the contact the line is drawn anew.
+    near_HW = np.asarray(cv2.dilate(both_HW.astype(np.uint8), np.ones((7, 7), np.uint8))) > 0
+    outside_HW = _depth_px(labels_HW > 0) <= MAX_LINE_PX
+    old_line_HW = (below.line_HW | above.line_HW) & outside_HW
+    image_HWC[np.where(near_HW, outer_border(labels_HW), old_line_HW)] = highest
+    return Sample(image_HWC, labels_HW)
+
+
+def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _Layer:
+    rows, columns, num_channels = sample.image_HWC.shape
+    window = slice(corner[0], corner[0] + rows), slice(corner[1], corner[1] + columns)
+    light_HWC = np.zeros((*shape, num_channels), np.float32)
+    labels_HW, line_HW = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+    light_HWC[window] = _without_line(sample)
+    labels_HW[window] = sample.labels_HW
+    line_HW[window] = _drawn_line(sample)
+    return _Layer(light_HWC, labels_HW, line_HW, _depth_px(labels_HW > 0))
+
+
+def _drawn_line(sample: Sample) -> NDArray[np.bool_]:
+    is_highest_HWC: NDArray[np.bool_] = sample.image_HWC == saturated_value(sample.image_HWC)
+    return np.asarray(is_highest_HWC.all(axis=2))
+
+
+def _inner(sample: Sample) -> NDArray[np.bool_]:
+    return (sample.labels_HW > 0) & ~_drawn_line(sample)
+
+
+def _without_line(sample: Sample) -> NDArray[np.float32]:
+    """The light of the nuclei, 0 outside of them; on the drawn line that of the nearest pixels within it, softened."""
+    inner_HW = _inner(sample)
+    light_HWC = sample.image_HWC.astype(np.float32)
+    if inner_HW.any():
+        _, nearest_HW = cv2.distanceTransformWithLabels(
+            (~inner_HW).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
+        )
+        position_N = np.zeros(int(nearest_HW.max()) + 1, np.int64)
+        position_N[nearest_HW[inner_HW]] = np.flatnonzero(inner_HW)
+        filled_HWC = light_HWC.reshape(-1, light_HWC.shape[2])[position_N[nearest_HW]]
+        soft_HWC = np.asarray(cv2.blur(filled_HWC, (3, 3))).reshape(filled_HWC.shape)
+        light_HWC = np.where(inner_HW[..., None], light_HWC, soft_HWC)
+    return np.where(sample.labels_HW[..., None] > 0, light_HWC, 0).astype(np.float32)
+
+
+def _median(sample: Sample) -> float:
+    values = sample.image_HWC[_inner(sample)].astype(np.float32)
+    return max(float(np.median(values)), 1.0) if values.size else 1.0
+
+
+def _depth_px(mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Distance of each pixel of the mask to the outside, px; the picture's edge is outside."""
+    padded_HW = np.pad(mask_HW.astype(np.uint8), 1)
+    return np.asarray(cv2.distanceTransform(padded_HW, cv2.DIST_L2, 5))[1:-1, 1:-1]
+
+
+def _whole(joined_HW: NDArray[np.int32], *parts: NDArray[np.int32]) -> bool:
+    """Whether most of each nucleus is still there, in one piece."""
+    areas_before = np.concatenate([np.bincount(labels_HW.ravel())[1:] for labels_HW in parts])
+    areas = np.bincount(joined_HW.ravel(), minlength=areas_before.size + 1)[1:]
+    if np.any(areas < MIN_SEEN_SHARE * areas_before):
+        return False
+    return all(
+        cv2.connectedComponents((joined_HW == label).astype(np.uint8), connectivity=4)[0] == 2
+        for label in range(1, areas_before.size + 1)
+        if areas_before[label - 1]
+    )
