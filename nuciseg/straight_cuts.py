@@ -43,8 +43,11 @@ class StraightCut:
     last: int
 
 
-def best_cut(region_HW: Mask, border_HW: NDArray[np.float32]) -> StraightCut | None:
-    """The best chord of a region (H, W), given border probabilities (H, W); None where the region is too small."""
+def best_cut(region_HW: Mask, border_HW: NDArray[np.float32], min_part_px: float = 0) -> StraightCut | None:
+    """The best chord of a region (H, W), given border probabilities (H, W), that leaves no part below `min_part_px`.
+
+    None where the region is too small.
+    """
     outlines, _ = cv2.findContours(region_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if not outlines:
         return None
@@ -53,7 +56,7 @@ def best_cut(region_HW: Mask, border_HW: NDArray[np.float32]) -> StraightCut | N
     first, last = (point[i] for i in np.triu_indices(len(point), 1))
     length_px = np.hypot(*(outline_xy[last] - outline_xy[first]).T.astype(np.float64))
     smaller_px, whole_px = _smaller_part_px(outline_xy, first, last)
-    possible = (smaller_px > _MIN_PART_SHARE * whole_px) & (length_px > _OUTLINE_STEP_PX)
+    possible = (smaller_px > max(_MIN_PART_SHARE * whole_px, min_part_px)) & (length_px > _OUTLINE_STEP_PX)
     first, last, length_px, smaller_px = (a[possible] for a in (first, last, length_px, smaller_px))
     along = (np.arange(_SAMPLES_PER_CHORD) + 0.5) / _SAMPLES_PER_CHORD
     start_xy, end_xy = outline_xy[first][:, :, None], outline_xy[last][:, :, None]

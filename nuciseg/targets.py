@@ -38,6 +38,7 @@ LabelImage16 = NDArray[np.uint16]
 Mask = NDArray[np.bool_]
 
 MAP_NAMES = ("foreground", "border")
+_MIN_BORDER_LEFT_PX = 10  # less is noise, not a border that ends within a nucleus
 
 
 class DecodeConfig(Section):
@@ -57,7 +58,10 @@ class DecodeConfig(Section):
         "width; 0: only closed borders separate, 1: every constriction separates",
     )
     min_area_px: int = Field(
-        default=20, ge=1, description="smaller parts join the neighbour they are most open to, or vanish, in pixels"
+        default=20,
+        ge=1,
+        description="smaller parts join the neighbour they are most open to, or vanish; no straight cut leaves one, "
+        "in pixels",
     )
     min_width_share: float = Field(
         default=0.2,
@@ -213,7 +217,7 @@ def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeCo
     labels_HW = _without_specks(labels_HW, inside_HW, config.min_width_share)
     if config.border_share < 1:
         _divide_where_borders_end(labels_HW, border_HW, config, width_px)
-    _divide_until(config.min_nuclei, labels_HW, border_HW)
+    _divide_until_enough(labels_HW, border_HW, config)
     return Instances(labels_HW, _confidences(labels_HW, height_HW, foreground_HW))
 
 
@@ -312,20 +316,22 @@ def _divide_where_borders_end(
         others_HW = (labels_HW > 0) & ~region_HW
         near_others_HW = cv2.dilate(others_HW.astype(np.uint8), spent) > 0
         left_HW = np.where(near_others_HW, np.float32(0), border_HW)
-        if np.count_nonzero(region_HW & (left_HW >= config.border_threshold)) < config.min_area_px / 2:
+        if np.count_nonzero(region_HW & (left_HW >= config.border_threshold)) < _MIN_BORDER_LEFT_PX:
             continue
-        cut = best_cut(region_HW, left_HW)
+        cut = best_cut(region_HW, left_HW, config.min_area_px)
         if cut is not None and cut.border_share >= config.border_share:
             new_label = int(labels_HW.max()) + 1
             labels_HW[divide(region_HW, cut)] = new_label
             pending += [label, new_label]
 
 
-def _divide_until(min_nuclei: int, labels_HW: LabelImage, border_HW: FloatImage) -> None:
+def _divide_until_enough(labels_HW: LabelImage, border_HW: FloatImage, config: DecodeConfig) -> None:
     """Divide regions in place, best cut first, until there are `min_nuclei`, or none can be divided."""
     num_nuclei = int(labels_HW.max(initial=0))
-    while 0 < num_nuclei < min_nuclei:
-        cuts = [(label, best_cut(labels_HW == label, border_HW)) for label in range(1, num_nuclei + 1)]
+    while 0 < num_nuclei < config.min_nuclei:
+        cuts = [
+            (label, best_cut(labels_HW == label, border_HW, config.min_area_px)) for label in range(1, num_nuclei + 1)
+        ]
         possible = [(cut.cost, label, cut) for label, cut in cuts if cut is not None]
         if not possible:
             return

@@ -24,6 +24,7 @@ from nuciseg.types import Sample
 MAX_TRIES = 8
 OVERLAP_PX = (4.0, 18.0)  # how far one cluster is pushed into the other
 RIM_PX = (1.0, 6.0)  # over this distance the light of a nucleus rises from its edge
+RELATIVE_SIZE = (0.6, 1.1)  # of the second cluster: small nuclei beside large ones are what the data set has few of
 SPREAD_OF_BRIGHTNESS = 0.2  # relative, between neighbours
 MIN_SEEN_SHARE = 0.6  # of each nucleus, else too much of it lies beneath another
 LANE_PX = 2.0  # wider than the diagonal of a pixel, so that a lane across a nucleus is never empty
@@ -31,13 +32,13 @@ MAX_LINE_PX = 6  # a drawn line reaches no deeper into the cluster
 
 
 def join_clusters(first: Sample, second: Sample, rng: np.random.Generator) -> Sample:
-    """`second`, turned by a multiple of 90 degrees, mirrored and matched in brightness, touching `first`.
+    """`second`, turned by a multiple of 90 degrees, mirrored, resized and matched in brightness, touching `first`.
 
     Both are cut-out clusters (0 outside, outer border drawn in the highest value) of one dtype and number of channels,
     and so is the result; `labels_HW` of the second follow those of the first. Where they overlap a pixel belongs to
     the cluster that it lies deeper in. `first` comes back as it is where no place is found.
     """
-    second = _turned(second, rng)
+    second = _resized(_turned(second, rng), rng.uniform(*RELATIVE_SIZE))
     for _ in range(MAX_TRIES):
         offset = _touching_offset(first.labels_HW > 0, second.labels_HW > 0, rng)
         joined = None if offset is None else _composed(first, second, offset, rng)
@@ -55,6 +56,24 @@ def _turned(sample: Sample, rng: np.random.Generator) -> Sample:
         return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
 
     return Sample(turn(sample.image_HWC), turn(sample.labels_HW))
+
+
+def _resized(sample: Sample, factor: float) -> Sample:
+    """The cluster made smaller or larger, and its line drawn anew: interpolated, the old one would leave light behind."""
+    height, width = (max(round(side * factor), 1) for side in sample.labels_HW.shape)
+    light_HW = cv2.resize(_without_line(sample), (width, height), interpolation=cv2.INTER_LINEAR)
+    labels_HW = cv2.resize(sample.labels_HW.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
+    labels_HW = np.asarray(labels_HW).astype(np.int32)
+    return _drawn(np.asarray(light_HW).reshape(height, width, -1), labels_HW, outer_border(labels_HW), sample)
+
+
+def _drawn(light_HWC: NDArray[Any], labels_HW: NDArray[np.int32], line_HW: NDArray[np.bool_], like: Sample) -> Sample:
+    """A picture as the data set has it: values of the type of `like`, 0 outside, the line in the highest value."""
+    highest = saturated_value(like.image_HWC)
+    image_HWC = np.clip(np.rint(light_HWC), 1, highest - 1).astype(like.image_HWC.dtype)
+    image_HWC[labels_HW == 0] = 0
+    image_HWC[line_HW] = highest
+    return Sample(image_HWC, labels_HW)
 
 
 def _touching_offset(
@@ -119,15 +138,10 @@ def _composed(first: Sample, second: Sample, offset: tuple[int, int], rng: np.ra
     )
     other_HWC = other_HWC * brightness
     light_HWC = np.maximum(one_HWC, other_HWC) + transparency * np.minimum(one_HWC, other_HWC)
-    highest = saturated_value(first.image_HWC)
-    image_HWC = np.clip(np.rint(light_HWC), 1, highest - 1).astype(first.image_HWC.dtype)
-    image_HWC[labels_HW == 0] = 0
     # Old lines stay where they still are the outside; at the contact the line is drawn anew.
     near_HW = np.asarray(cv2.dilate(both_HW.astype(np.uint8), np.ones((7, 7), np.uint8))) > 0
-    outside_HW = _depth_px(labels_HW > 0) <= MAX_LINE_PX
-    old_line_HW = (below.line_HW | above.line_HW) & outside_HW
-    image_HWC[np.where(near_HW, outer_border(labels_HW), old_line_HW)] = highest
-    return Sample(image_HWC, labels_HW)
+    old_line_HW = (below.line_HW | above.line_HW) & (_depth_px(labels_HW > 0) <= MAX_LINE_PX)
+    return _drawn(light_HWC, labels_HW, np.where(near_HW, outer_border(labels_HW), old_line_HW), first)
 
 
 def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _Layer:

@@ -180,6 +180,27 @@ def test_a_border_that_ends_within_a_nucleus_divides_it(config: AnyConfig) -> No
     assert num_nuclei(0.6) == 2
 
 
+@both_targets
+def test_no_cut_leaves_a_part_below_the_smallest_area(config: AnyConfig) -> None:
+    """Two nuclei and a bud of 836 px; the border of the bud is drawn half-way only."""
+    labels_HW = np.zeros((60, 150), np.int32)
+    labels_HW[8:52, 8:53], labels_HW[8:52, 53:98], labels_HW[8:52, 98:117] = 1, 2, 3
+    maps_KHW = np.stack([(labels_HW > 0).astype(np.float32), np.full(labels_HW.shape, 0.001, np.float32)])
+    maps_KHW[1, build_target(TouchingBorderConfig()).encode(labels_HW)[1] > 0] = 1
+    maps_KHW[1, 30:, 90:106] *= 0.03
+
+    def areas_px(min_area_px: int, min_nuclei: int = 1) -> list[int]:
+        decode = DecodeConfig(gap_closing=0, border_share=0.6, min_area_px=min_area_px, min_nuclei=min_nuclei)
+        target = build_target(config.model_copy(update={"decode": decode}))
+        return sorted(np.bincount(target.decode(maps_KHW).labels_HW.ravel())[1:].tolist())
+
+    assert areas_px(700)[0] == pytest.approx(836, rel=0.15)
+    assert len(areas_px(700)) == 3
+    assert len(areas_px(1200)) == 2
+    assert len(areas_px(1200, min_nuclei=3)) == 3
+    assert areas_px(1200, min_nuclei=3)[0] >= 1200
+
+
 def test_confidence_falls_with_the_gap() -> None:
     target = build_target(TouchingBorderConfig())
     labels_HW = np.zeros((50, 90), np.int32)
