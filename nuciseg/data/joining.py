@@ -59,7 +59,7 @@ def _turned(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def _resized(sample: Sample, factor: float) -> Sample:
-    """The cluster made smaller or larger, and its line drawn anew: interpolated, the old one would leave light behind."""
+    """The cluster made smaller or larger; its line is drawn anew, as an interpolated one would leave light behind."""
     height, width = (max(round(side * factor), 1) for side in sample.labels_HW.shape)
     light_HW = cv2.resize(_without_line(sample), (width, height), interpolation=cv2.INTER_LINEAR)
     labels_HW = cv2.resize(sample.labels_HW.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
