@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--crop-px 32 --batch-size 2 --steps 1 --rounds 1 --threads 1 --precision fp32"
 
@@ -44,3 +46,19 @@ def test_throughput_names_a_missing_folder() -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "The data folder no/such/folder does not exist; check data.root."
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_ablation_ends_with_its_ratios(tmp_path: Path) -> None:
+    write_nucleus_folder(SyntheticConfig(num_train=12, num_test=1), tmp_path / "data")
+    command = [
+        *(sys.executable, str(BENCHMARKS / "ablation.py"), "--data.root", str(tmp_path / "data")),
+        *("--splits", "1", "--jobs", "2", "--model.encoder", "resnet10t", "--model.pretrained", "none"),
+        *("--data.cache_dir", str(tmp_path / "cache"), "--train.epochs", "1"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert sum(line.startswith("split 1, joined") for line in lines) == 4
+    parts = ("join", "min_nuclei", "border_share", "min_area_px")
+    assert set(json.loads(last)) == {f"vs_no_{part}{many}" for part in parts for many in ("", "_many")}
