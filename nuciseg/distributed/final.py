@@ -46,7 +46,8 @@ def num_epochs(run_dir: Path) -> int:
 
 
 def _copy_whole(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.copy")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, temporary)
     os.rename(temporary, target)

@@ -163,9 +163,12 @@ def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path)
     trial = small_config(**{"train.epochs": 2, "train.calibrate": False})
     run(trial, tmp_path / "trial")
     config = trial.replaced({"train.calibrate": True})
+    left_over = tmp_path / "final" / ".checkpoints.copy" / "epoch-0001"  # by an attempt that was killed as it copied
+    left_over.mkdir(parents=True)
     for _ in range(2):  # the second finds it done
         final = train_final(config, tmp_path, tmp_path / "trial", verbose=False)
     assert last_checkpoint(final).progress == last_checkpoint(tmp_path / "trial").progress
+    assert not left_over.exists()
     assert logged_epochs(final) == [1, 2]
     assert load_config(final / "config.yaml").train.calibrate
     assert (final / FINISHED_FILE).exists()
