@@ -22,8 +22,13 @@ from nuciseg.images import saturated_value
 from nuciseg.types import Sample
 
 MAX_TRIES = 8
-OVERLAP_PX = (4.0, 18.0)  # how far one cluster is pushed into the other
+OVERLAP_PX = (4.0, 18.0)  # how far one cluster is pushed over the other
+PRESSED_PX = (8.0, 32.0)  # and how far where nuclei give way instead: the contact is longer and its notches flatter
+PRESSED_SHARE = 0.5  # of the clusters
+REACH_PX = (-1.5, 4.0)  # how far a nucleus that gives way reaches across the middle; negative: a dark gap is left
 RIM_PX = (1.0, 6.0)  # over this distance the light of a nucleus rises from its edge
+PRESSED_RIM_PX = (1.0, 3.0)
+DARKEST = 0.4  # of the light of the brighter nucleus: real contacts are never black
 RELATIVE_SIZE = (0.6, 1.1)  # of the second cluster: small nuclei beside large ones are what the data set has few of
 SPREAD_OF_BRIGHTNESS = 0.2  # relative, between neighbours
 MIN_SEEN_SHARE = 0.6  # of each nucleus, else too much of it lies beneath another
@@ -40,8 +45,10 @@ def join_clusters(first: Sample, second: Sample, rng: np.random.Generator) -> Sa
     """
     second = _resized(_turned(second, rng), rng.uniform(*RELATIVE_SIZE))
     for _ in range(MAX_TRIES):
-        offset = _touching_offset(first.labels_HW > 0, second.labels_HW > 0, rng)
-        joined = None if offset is None else _composed(first, second, offset, rng)
+        pressed = bool(rng.random() < PRESSED_SHARE)
+        overlap_px = rng.uniform(*(PRESSED_PX if pressed else OVERLAP_PX))
+        offset = _touching_offset(first.labels_HW > 0, second.labels_HW > 0, overlap_px, rng)
+        joined = None if offset is None else _composed(first, second, offset, pressed, rng)
         if joined is not None:
             return joined
     return first
@@ -77,9 +84,9 @@ def _drawn(light_HWC: NDArray[Any], labels_HW: NDArray[np.int32], line_HW: NDArr
 
 
 def _touching_offset(
-    first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_], rng: np.random.Generator
+    first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_], overlap_px: float, rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """(rows, columns) to move `second` by, so that it comes from a random side and is pushed a little into `first`.
+    """(rows, columns) to move `second` by, so that it comes from a random side and is pushed `overlap_px` into `first`.
 
     None where it would pass `first` by, which can only happen where one of them is in several pieces.
     """
@@ -100,7 +107,7 @@ def _touching_offset(
     touch = float(np.max(front_first - front_second))
     if not math.isfinite(touch):
         return None
-    moved = along * (touch - rng.uniform(*OVERLAP_PX)) + across * aside
+    moved = along * (touch - overlap_px) + across * aside
     return round(moved[0]), round(moved[1])
 
 
@@ -114,7 +121,9 @@ class _Layer:
     depth_HW: NDArray[np.float32]
 
 
-def _composed(first: Sample, second: Sample, offset: tuple[int, int], rng: np.random.Generator) -> Sample | None:
+def _composed(
+    first: Sample, second: Sample, offset: tuple[int, int], pressed: bool, rng: np.random.Generator
+) -> Sample | None:
     """Both on one picture; None where that hides or divides a nucleus."""
     top, left = min(0, offset[0]), min(0, offset[1])
     height = max(first.labels_HW.shape[0], offset[0] + second.labels_HW.shape[0]) - top
@@ -130,14 +139,19 @@ def _composed(first: Sample, second: Sample, offset: tuple[int, int], rng: np.ra
         return None
 
     brightness = math.exp(SPREAD_OF_BRIGHTNESS * rng.standard_normal()) * _median(first) / _median(second)
-    rim_px, transparency = rng.uniform(*RIM_PX), rng.uniform(0, 1)
     both_HW = (below.labels_HW > 0) & (above.labels_HW > 0)
-    one_HWC, other_HWC = (
-        layer.light_HWC * np.where(both_HW, np.minimum(layer.depth_HW / rim_px, 1), 1)[..., None]
-        for layer in (below, above)
-    )
-    other_HWC = other_HWC * brightness
-    light_HWC = np.maximum(one_HWC, other_HWC) + transparency * np.minimum(one_HWC, other_HWC)
+    past_middle_HW = (above.depth_HW - below.depth_HW) / 2  # px, into the second
+    reach_px = rng.uniform(*REACH_PX) if pressed else math.inf
+    rim_px = rng.uniform(*(PRESSED_RIM_PX if pressed else RIM_PX))
+    whole = [below.light_HWC, above.light_HWC * brightness]
+    seen = []
+    for light_HWC, depth_HW, past_HW in zip(
+        whole, (below.depth_HW, above.depth_HW), (past_middle_HW, -past_middle_HW), strict=True
+    ):
+        share_HW = np.clip(np.minimum(depth_HW, reach_px - past_HW) / rim_px, 0, 1)
+        seen.append(light_HWC * np.where(both_HW, share_HW, 1)[..., None])
+    light_HWC = np.maximum(*seen) + rng.uniform(0, 1) * np.minimum(*seen)
+    light_HWC = np.maximum(light_HWC, DARKEST * np.maximum(*whole))
     # Old lines stay where they still are the outside; at the contact the line is drawn anew.
     near_HW = np.asarray(cv2.dilate(both_HW.astype(np.uint8), np.ones((7, 7), np.uint8))) > 0
     old_line_HW = (below.line_HW | above.line_HW) & (_depth_px(labels_HW > 0) <= MAX_LINE_PX)
