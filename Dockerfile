@@ -24,7 +24,7 @@ print('\n'.join(name for name in wanted if name.startswith('torch')))" > /src/to
     && pip install ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --requirement /src/torch.txt
 COPY LICENSE README.md /src/
 COPY nuciseg /src/nuciseg
-RUN pip install /src
+RUN pip install '/src[weights]'
 
 FROM ${BASE}
 # hadolint ignore=DL3008

@@ -28,7 +28,7 @@ from nuciseg.engine.checkpoint import find_checkpoint
 from nuciseg.engine.datasets import open_split_samples
 from nuciseg.engine.inference import predict_probabilities, score_probabilities
 from nuciseg.engine.network import load_network
-from nuciseg.targets import build_target
+from nuciseg.targets import DecodeConfig, build_target
 
 CONFIG = Path(__file__).parents[1] / "tune_configs" / "nucleus.yaml"
 # Near the searches' winners, see docs/results.md.
@@ -38,11 +38,8 @@ SETTINGS = (
     *("--loss.weights.dice", "0.4", "--loss.weights.focal", "0.7"),
 )
 JOINED, PLAIN = "joined", "without augment.join"
-WITHOUT = {
-    "without min_nuclei": {"min_nuclei": 1},
-    "without border_share": {"border_share": 1.0},
-    "without min_area_px": {"min_area_px": 20},
-}
+USUAL = DecodeConfig()
+WITHOUT = {f"without {name}": {name: getattr(USUAL, name)} for name in ("min_nuclei", "border_share", "min_area_px")}
 MANY = 3  # nuclei; most clusters have two
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import re
 import types
 import typing
@@ -25,9 +24,10 @@ from nuciseg.data.dataset import NormalizationConfig
 from nuciseg.data.formats import FormatName
 from nuciseg.data.synthetic import SyntheticConfig
 from nuciseg.errors import ConfigError
+from nuciseg.images import write_bytes
 from nuciseg.losses import CombinedConfig, LossConfig
 from nuciseg.metrics import METRIC_NAMES
-from nuciseg.models import ModelConfig, UnetConfig
+from nuciseg.models import ModelConfig, TimmConfig, UnetConfig
 from nuciseg.optim import OptimConfig, ScheduleConfig
 from nuciseg.section import Section
 from nuciseg.targets import TargetConfig, TouchingBorderConfig
@@ -176,13 +176,15 @@ def put(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 _KIND_IS_A_CHOICE = ("optim", "schedule", "tracking")  # here every kind has the same keys
+_ALIKE_IN_ALL_KINDS = ("decode",)  # of a target: how maps are decoded does not depend on how they were encoded
 _TAKEN_WHOLE = ("space",)  # search.space has the user's own keys: two of them mixed are neither's search
 
 
 def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """Both mappings section by section; where both have a value the stronger one's counts.
 
-    A section whose `kind` changes starts afresh, because another kind has other keys; so does `search.space`.
+    A section whose `kind` changes starts afresh, because another kind has other keys (but for `target.decode`); so does
+    `search.space`.
     """
     result = dict(weaker)
     for key, value in stronger.items():
@@ -190,7 +192,8 @@ def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, 
         if isinstance(value, Mapping) and isinstance(before, Mapping) and key not in _TAKEN_WHOLE:
             other_kind = "kind" in value and value["kind"] != before.get("kind", value["kind"])
             starts_afresh = other_kind and key not in _KIND_IS_A_CHOICE
-            result[key] = dict(value) if starts_afresh else merged(before, value)
+            kept = {name: before[name] for name in _ALIKE_IN_ALL_KINDS if name in before} if starts_afresh else before
+            result[key] = merged(kept, value)
         else:
             result[key] = value
     return result
@@ -252,10 +255,8 @@ _Loader.add_implicit_resolver(
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that `--config` takes back."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write the resolved configuration as YAML that `--config` takes back. Raises ResourceError."""
+    write_bytes(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 class _Flags(BaseSettings, Config):
@@ -282,7 +283,10 @@ def config_from_args(
 
 def _with_whole_paths(config: Config) -> Config:
     """Workers and resumed runs may have another working folder than the command had."""
-    paths = {key: config.value(key) for key in ("data.root", "data.cache_dir")}
+    keys = ["data.root", "data.cache_dir"]
+    if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
+        keys.append("model.pretrained")
+    paths = {key: config.value(key) for key in keys}
     return config.replaced({key: str(Path(path).resolve()) for key, path in paths.items() if path is not None})
 
 

@@ -13,6 +13,12 @@ A command prints the message as one sentence and leaves with exit code 2 (Traini
 own bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class NucisegError(Exception):
     """Base of all errors that a user can mend."""
@@ -34,6 +40,17 @@ class CheckpointError(NucisegError):
 
 class ResourceError(NucisegError):
     """The machine or cluster lacks what was asked for."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an OSError becomes a ResourceError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written ({error.strerror or error}); choose another folder or make room."
+        ) from error
 
 
 class TrainingError(NucisegError):

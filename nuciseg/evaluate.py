@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
     config = _with_flags(load_checkpoint(checkpoint).config, args)
     out = args.out or default_out(checkpoint, args.split)
+    _check_log(out, config)
     result = evaluate_checkpoint(checkpoint, config.data, args.split, out, device=local_device())
     print_result(result)
     log_result(result, config)
@@ -67,6 +68,18 @@ def print_result(result: EvaluationResult) -> None:
     print(f"checkpoint: {result.checkpoint} (epoch {result.epoch}, trained on split {result.split_hash})")
     print(f"decoding:   {result.target.config.kind}, {decode}")
     print(f"written to: {result.out}")
+
+
+def _check_log(out: Path, config: Config) -> None:
+    """Raise ConfigError, before anything is scored, where the result could not be logged."""
+    from nuciseg.errors import ConfigError
+    from nuciseg.tracking import read_identity, wandb_mode
+
+    earlier = read_identity(out)
+    if earlier is not None and earlier.job_type != "evaluate":
+        raise ConfigError(f"--out {out} is the folder of a {earlier.job_type} run; choose another")
+    if config.tracking.kind == "wandb":
+        wandb_mode(config.tracking, verbose=False)
 
 
 def log_result(result: EvaluationResult, config: Config) -> None:

@@ -22,7 +22,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL.Image import DecompressionBombError
 
-from nuciseg.errors import DataError, ResourceError
+from nuciseg.errors import DataError, ResourceError, writing
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg")
 
@@ -85,13 +85,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ResourceError(
-            f"{path} cannot be written ({error.strerror or error}); choose another folder or make room."
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # it is gone where all went well
             temporary.unlink()

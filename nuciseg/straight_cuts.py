@@ -44,7 +44,8 @@ class StraightCut:
 
 
 def best_cut(region_HW: Mask, border_HW: NDArray[np.float32], min_part_px: float = 0) -> StraightCut | None:
-    """The best chord of a region (H, W), given border probabilities (H, W), that leaves no part below `min_part_px`.
+    """The best chord of a region (H, W), given border probabilities (H, W), that leaves no part below `min_part_px`,
+    holes counted in.
 
     None where the region is too small.
     """

@@ -29,7 +29,7 @@ from pydantic import Field
 from skimage.segmentation import watershed
 
 from nuciseg.section import Section
-from nuciseg.straight_cuts import best_cut, divide
+from nuciseg.straight_cuts import StraightCut, best_cut, divide
 from nuciseg.types import Instances
 
 FloatImage = NDArray[np.float32]
@@ -318,10 +318,10 @@ def _divide_where_borders_end(
         left_HW = np.where(near_others_HW, np.float32(0), border_HW)
         if np.count_nonzero(region_HW & (left_HW >= config.border_threshold)) < _MIN_BORDER_LEFT_PX:
             continue
-        cut = best_cut(region_HW, left_HW, config.min_area_px)
-        if cut is not None and cut.border_share >= config.border_share:
+        division = _best_division(region_HW, left_HW, config.min_area_px)
+        if division is not None and division.cut.border_share >= config.border_share:
             new_label = int(labels_HW.max()) + 1
-            labels_HW[divide(region_HW, cut)] = new_label
+            labels_HW[division.part_HW] = new_label
             pending += [label, new_label]
 
 
@@ -329,15 +329,32 @@ def _divide_until_enough(labels_HW: LabelImage, border_HW: FloatImage, config: D
     """Divide regions in place, best cut first, until there are `min_nuclei`, or none can be divided."""
     num_nuclei = int(labels_HW.max(initial=0))
     while 0 < num_nuclei < config.min_nuclei:
-        cuts = [
-            (label, best_cut(labels_HW == label, border_HW, config.min_area_px)) for label in range(1, num_nuclei + 1)
+        divisions = [
+            _best_division(labels_HW == label, border_HW, config.min_area_px) for label in range(1, num_nuclei + 1)
         ]
-        possible = [(cut.cost, label, cut) for label, cut in cuts if cut is not None]
+        possible = [division for division in divisions if division is not None]
         if not possible:
             return
-        _, label, cut = min(possible, key=lambda each: each[:2])
         num_nuclei += 1
-        labels_HW[divide(labels_HW == label, cut)] = num_nuclei
+        labels_HW[min(possible, key=lambda division: division.cut.cost).part_HW] = num_nuclei
+
+
+@dataclass(frozen=True)
+class _Division:
+    """A cut, and the part of the region (H, W) that lies on one side of it."""
+
+    cut: StraightCut
+    part_HW: Mask
+
+
+def _best_division(region_HW: Mask, border_HW: FloatImage, min_area_px: int) -> _Division | None:
+    cut = best_cut(region_HW, border_HW, min_area_px)
+    if cut is None:
+        return None
+    part_HW = divide(region_HW, cut)
+    # The cut knows the outline alone: holes in the region make its parts smaller.
+    part_px, rest_px = np.count_nonzero(part_HW), np.count_nonzero(region_HW & ~part_HW)
+    return _Division(cut, part_HW) if min(part_px, rest_px) >= min_area_px else None
 
 
 def _confidences(labels_HW: LabelImage, height_HW: FloatImage, foreground_HW: FloatImage) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from nuciseg.errors import ConfigError, DataError, ResourceError
+from nuciseg.errors import ConfigError, DataError, ResourceError, writing
 from nuciseg.section import Section
 from nuciseg.tracking_wandb import Mode, RunIdentity, WandbRun, configured_mode, open_run
 
@@ -64,11 +64,11 @@ class Tracker:
         self._epochs = {int(row["epoch"]) for row in read_metrics(self._path)}
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """The figures of one epoch. An epoch that the run has already is left as it is."""
+        """The figures of one epoch. An epoch that the run has already is left as it is. Raises ResourceError."""
         if epoch not in self._epochs:
             self._epochs.add(epoch)
             row = {"epoch": epoch, **{key: _finite(value) for key, value in metrics.items() if key != "epoch"}}
-            with self._path.open("a", encoding="utf-8") as file:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._wandb_run is not None:
             self._wandb_run.log_epoch(epoch, metrics)

@@ -154,6 +154,8 @@ class WandbRun:
         try:
             with _wandb_files_in(self._folder):
                 yield
+        except TimeoutError:
+            raise  # `finish` says what to do then
         except _failures(self._wandb) as error:
             if not self._warned:
                 self._warned = True
@@ -222,7 +224,7 @@ class WandbRun:
 
 
 def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
-    """What wandb raises when its service or server fails. TimeoutError is an OSError, and `finish` wants it first."""
+    """What wandb raises when its service, its server or its folder fails."""
     from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
     from wandb.sdk.mailbox.mailbox import MailboxClosedError
     from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
@@ -233,7 +235,7 @@ def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
         HandleAbandonedError,
         ServerResponseError,
         WandbServiceConnectionError,
-        ConnectionError,
+        OSError,
     )
 
 

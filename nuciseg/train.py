@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_identity,
     )
     from nuciseg.distributed.training import check_room, run_training
-    from nuciseg.distributed.worker import Job
+    from nuciseg.distributed.worker import Job, describe_run_dir
     from nuciseg.engine.checkpoint import CheckpointStore
     from nuciseg.engine.datasets import check_data
     from nuciseg.tracking import describe_run
@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = config_from_args(flags, args)
         alone = _without_search(config)
         check_settings(alone, verbose=args.verbose)
-        check_data(config)
+        split = check_data(config)
         check_room(config, verbose=args.verbose)
         check_precision(alone)
         run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
+        describe_run_dir(config, split, run_dir)  # from here on it can be resumed
     print(f"run folder: {run_dir}\n{describe_disk_need(_without_search(config), run_dir)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)
     with followed(run_dir, config.train.epochs, config.train.metric):

@@ -53,10 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = read_search_config(folder)
     else:
         config = config_from_args(flags, args, DEFAULT_SEARCH if args.config is None else {})
-    if args.no_final:
-        config = config.replaced({"search.final": False})
+    final = config.search.final and not args.no_final
     if args.resume is None:
-        _check(config, verbose=args.verbose)
+        _check(config, final=final, verbose=args.verbose)
         folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
     print(f"search folder: {folder}\n{describe_disk_need(config, folder)}", flush=True)
     if args.resume is not None:
@@ -64,23 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         trials = start_search(config, folder, verbose=args.verbose)
     _print_trials(trials, config)
-    _print_conclusion(trials, config, folder, verbose=args.verbose)
+    _print_conclusion(trials, config, folder, final=final, verbose=args.verbose)
 
 
-def _check(config: Config, *, verbose: bool) -> None:
+def _check(config: Config, *, final: bool, verbose: bool) -> None:
     """Raise NucisegError for what would end the search, a trial or the evaluation, before a folder is made."""
     from nuciseg.distributed.final import check_test_images
     from nuciseg.distributed.runs import check_precision, check_settings
     from nuciseg.distributed.search import check_search
     from nuciseg.distributed.space import build_space, variants
-    from nuciseg.engine.datasets import check_data
+    from nuciseg.engine.datasets import check_augmentation, check_data
     from nuciseg.engine.network import stride_of
 
     build_space(config)
     check_settings(config, verbose=verbose)
     largest_stride = max(variants(config, "model"), key=stride_of)
     check_data(largest_stride)
-    if config.search.final:
+    for variant in variants(config, "augment"):
+        check_augmentation(variant)
+    if final:
         check_test_images(largest_stride)
     check_search(config, verbose=verbose)
     check_precision(config)
@@ -110,7 +111,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
             print(f"  {trial.id}: {trial.failure}")
 
 
-def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, verbose: bool) -> None:
+def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, final: bool, verbose: bool) -> None:
     import yaml
 
     from nuciseg.distributed.final import evaluate_final, num_epochs, train_final
@@ -126,18 +127,18 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
         raise TrainingError(f"every trial failed; the reasons stand above and in {folder}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()
     print(f"best configuration:\n{sample}")
-    if config.search.final:
+    if final:
         trial_dir = folder / trials[0].id
         missing = best.train.epochs - num_epochs(trial_dir)
         print(f"\ntraining the winner for {best.train.epochs} epochs" + (", as its trial was" if missing <= 0 else ""))
         best_dir, what = train_final(best, folder, trial_dir, verbose=verbose), "whole configuration"
     else:
-        best_dir, what = folder / trials[0].id, "configuration of this trial, shorter than a run and not calibrated"
+        best_dir, what = folder / trials[0].id, "configuration of this trial, its decoding not calibrated"
     print(f"{what}: {best_dir / CONFIG_FILE}")
     print(f"best checkpoint: {CheckpointStore(best_dir).best}")
     print(f"trials: {describe_run(folder)}")
     print(f"winner: {describe_run(best_dir)}", flush=True)
-    if config.search.final:  # last: all else is found by now, should the evaluation fail
+    if final:  # last: all else is found by now, should the evaluation fail
         result = evaluate_final(best_dir, best)
         print_result(result)
         log_result(result, load_checkpoint(result.checkpoint).config)

@@ -58,6 +58,11 @@ class AugmentConfig(Section):
         0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"
     )
 
+    @property
+    def share_joined(self) -> float:
+        """Of the training images, those that get another one laid against them."""
+        return self.join if self.enabled else 0.0
+
 
 @dataclass(frozen=True)
 class NormalizedSample:

@@ -26,7 +26,7 @@ from nuciseg.errors import DataError, ResourceError
 from nuciseg.types import Record, Sample
 
 # Raise this when the layout below changes, or when a format's `load` makes other samples from the same files.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NUM_THREADS = 4
 CHUNK = 16  # images decoded at a time: bounds the memory of a build
 ALIGNMENT_BYTES = 64

@@ -16,6 +16,7 @@ from nuciseg.engine.datasets import format_of, open_samples, refuse_smaller_than
 from nuciseg.engine.evaluation import EvaluationResult, SplitName, default_out, evaluate_checkpoint
 from nuciseg.engine.network import stride_of
 from nuciseg.engine.precision import local_device
+from nuciseg.errors import writing
 
 
 def check_test_images(config: Config) -> None:
@@ -48,9 +49,10 @@ def num_epochs(run_dir: Path) -> int:
 def _copy_whole(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.copy")
     shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary)
-    os.rename(temporary, target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, temporary)
+        os.rename(temporary, target)
 
 
 def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:

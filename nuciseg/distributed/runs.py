@@ -15,7 +15,7 @@ from nuciseg.distributed.cluster import has_gpu
 from nuciseg.distributed.failures import forget_failure
 from nuciseg.distributed.space import num_trials, variants
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
-from nuciseg.engine.checkpoint import disk_need_bytes
+from nuciseg.engine.checkpoint import MAX_FOLDERS, disk_need_bytes
 from nuciseg.engine.network import count_parameters
 from nuciseg.engine.precision import choose_precision
 from nuciseg.errors import ConfigError, ResourceError
@@ -23,6 +23,8 @@ from nuciseg.losses import build_loss
 from nuciseg.models import TimmConfig, build_model
 from nuciseg.targets import build_target
 from nuciseg.tracking import RunIdentity, read_identity, wandb_mode
+
+HANDED_OVER = 4  # checkpoints a trial that PBT passes on: with fewer they go before the other trial has them
 
 
 def check_settings(config: Config, *, verbose: bool) -> None:
@@ -117,8 +119,12 @@ def describe_disk_need(config: Config, folder: Path) -> str:
     run_mb = disk_need_bytes(max(map(count_parameters, variants(config, "model")))) / 1e6
     num_runs = num_trials(config) + config.search.final if config.search.space else 1
     runs = "" if num_runs == 1 else f"{num_runs} runs, each "
+    need_mb, handed_over = num_runs * run_mb, ""
+    if config.search.space and config.search.scheduler == "pbt":
+        need_mb += num_trials(config) * HANDED_OVER * run_mb / MAX_FOLDERS
+        handed_over = f", and {HANDED_OVER} a trial to hand over"
     free_mb = shutil.disk_usage(folder).free / 1e6
     return (
-        f"disk: at most {num_runs * run_mb:.0f} MB of checkpoints ({runs}best, last, the next one), "
+        f"disk: at most {need_mb:.0f} MB of checkpoints ({runs}best, last, the next one{handed_over}), "
         f"{free_mb:.0f} MB free"
     )

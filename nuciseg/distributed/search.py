@@ -26,6 +26,7 @@ from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.progress import SearchProgress
+from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure, describe, plain_values
 from nuciseg.distributed.training import fit_workers, reported
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
@@ -327,8 +328,7 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
         callbacks=[SearchProgress(config, folder, concurrent)],
         # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
         failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
-        # Only population-based training hands checkpoints over, and with fewer they go before the other trial has them.
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=4),
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=HANDED_OVER),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nuciseg.config import Config, write_config
+from nuciseg.data.splits import Split
 from nuciseg.distributed.failures import batch_parts_factor, note_failure, noted_failure
 from nuciseg.engine.calibration import calibrate
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, replace_config, write_json
@@ -57,6 +58,12 @@ def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) ->
         raise
 
 
+def describe_run_dir(config: Config, split: Split, run_dir: Path) -> None:
+    """Write down what is trained on what: all that resuming needs. Raises ResourceError."""
+    split.write(run_dir / SPLIT_FILE)  # first: a folder with a configuration but no split is a search
+    write_config(config, run_dir / CONFIG_FILE)
+
+
 def best_score(history: Sequence[Mapping[str, float]], metric: str) -> float:
     """The best validation score so far: what trials are ranked by, since the best checkpoint is what is kept."""
     return max(float(row[metric]) for row in history)
@@ -89,8 +96,7 @@ class _Diary:
     def __init__(self, job: Job, config: Config, data: TrainingSet, store: CheckpointStore) -> None:
         self.job, self.config, self.data, self.store = job, config, data, store
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        data.split.write(job.run_dir / SPLIT_FILE)  # first: a folder with a configuration but no split is a search
-        write_config(config, job.run_dir / CONFIG_FILE)
+        describe_run_dir(config, data.split, job.run_dir)
         self.tracker = _open_tracker(job, config, store)
 
     def write(self, report: EpochReport) -> None:
@@ -120,7 +126,9 @@ class _Diary:
 
     def _write_images(self, images: Iterable[ImageScores]) -> None:
         shapes = dict(zip(self.data.samples.ids, self.data.samples.shapes, strict=True))
-        write_json([image_row(scores, shapes[scores.id]) for scores in images], self.job.run_dir / IMAGES_FILE)
+        rows = [image_row(scores, shapes[scores.id]) for scores in images]
+        assert self.store.best is not None  # it was scored
+        write_json({"checkpoint": self.store.best.name, "images": rows}, self.job.run_dir / IMAGES_FILE)
 
 
 def conclude_stopped(job: Job) -> None:
@@ -169,8 +177,9 @@ def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:
 def _conclude(run_dir: Path, best: Path, tracker: Tracker) -> None:
     scores = load_checkpoint(best).scores
     images = run_dir / IMAGES_FILE
-    if images.exists():  # not where a scheduler ended the run between its first checkpoint and this file
-        tracker.log_image_scores(json.loads(images.read_text(encoding="utf-8")))
+    written = json.loads(images.read_text(encoding="utf-8")) if images.exists() else {}
+    if written.get("checkpoint") == best.name:  # not where the run was ended between this checkpoint and this file
+        tracker.log_image_scores(written["images"])
     tracker.log_checkpoint(best)
     tracker.log_summary({f"best_{name}": value for name, value in scores.items()})
     write_json({"checkpoint": best.name, "scores": dict(scores)}, run_dir / FINISHED_FILE)

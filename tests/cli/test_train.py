@@ -92,6 +92,14 @@ def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:
     assert_same_run(Path("runs/killed"), Path("runs/undisturbed"))
 
 
+def test_a_run_killed_before_its_first_step_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("nuciseg.distributed.training.run_training", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert answer("--config", "small.yaml", "--train.epochs", "1", "--run.name", "early") == 130
+    assert answer("--resume", "runs/early") == 0
+    assert logged_epochs(Path("runs/early")) == [1]
+
+
 def test_a_resumed_run_keeps_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer("--config", "small.yaml", "--train.epochs", "1", "--run.name", "a") == 0
     capsys.readouterr()

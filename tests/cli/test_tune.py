@@ -94,13 +94,17 @@ def test_progress_is_told_in_plain_lines_without_rays_own(searched: tuple[Path, 
 
 @pytest.mark.slow
 def test_a_finished_search_that_is_resumed_tells_the_same(searched: tuple[Path, str]) -> None:
-    """`--no-final` was kept with the search, so that nothing at all is trained."""
     folder, said = searched
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "a").glob("*/checkpoints/*/*")}
-    done = tune(folder, "--resume", "runs/a")
+    done = tune(folder, "--resume", "runs/a", "--no-final")
     assert done.returncode == 0, done.stderr
     assert table_rows(done.stdout) == table_rows(said)
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs" / "a").glob("*/checkpoints/*/*")} == before
+
+
+def test_that_no_winner_was_trained_can_be_made_up_for(searched: tuple[Path, str]) -> None:
+    folder, _ = searched
+    assert load_config(folder / "runs" / "a" / "config.yaml").search.final
 
 
 def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +123,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     saved = solution.read_bytes()
     solution.unlink()
     with pytest.raises(DataError, match=solution.stem):
-        _print_conclusion(trials, config, folder, verbose=False)
+        _print_conclusion(trials, config, folder, final=True, verbose=False)
     said = capsys.readouterr().out
     assert f"best checkpoint: {folder / 'final' / 'checkpoints'}" in said
     assert "winner: W&B offline run, to upload it: wandb sync " in said
@@ -127,7 +131,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     assert load_config(Path(line.removeprefix("whole configuration: "))) == config.replaced({"optim.lr": 0.05})
 
     solution.write_bytes(saved)
-    _print_conclusion(trials, config, folder, verbose=False)
+    _print_conclusion(trials, config, folder, final=True, verbose=False)
     assert "test: 2 images" in capsys.readouterr().out
     evaluation = read_identity(folder / "final" / "evaluation-test")
     assert evaluation is not None

@@ -66,7 +66,7 @@ def test_two_workers_train_to_the_end(undisturbed: Path) -> None:
     best = CheckpointStore(undisturbed).best
     assert best is not None
     assert finished["checkpoint"] == best.name
-    validated = {row["id"] for row in json.loads((undisturbed / IMAGES_FILE).read_text())}
+    validated = {row["id"] for row in json.loads((undisturbed / IMAGES_FILE).read_text())["images"]}
     assert len(validated) == 12
     assert progress.history[-1]["images"] == 12  # each validation image counted once, by whichever worker
 

@@ -22,6 +22,7 @@ from nuciseg.config import (
     write_config,
 )
 from nuciseg.errors import ConfigError
+from nuciseg.targets import DecodeConfig, FullBorderConfig
 
 
 def from_command_line(*words: str, base: dict[str, Any] | None = None) -> Config:
@@ -96,6 +97,25 @@ def test_another_kind_starts_its_section_afresh(tmp_path: Path) -> None:
     assert config.model.encoder == "resnet34"
     same_kind = from_command_line("--config", str(path), "--model.width", "8")
     assert same_kind.model == Config().replaced({"model.depth": 5, "model.width": 8}).model
+
+
+def test_another_target_is_decoded_as_the_one_before(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "target: {width_px: 7, decode: {min_nuclei: 2, border_share: 0.8}}\n")
+    target = from_command_line("--config", str(path), "--target.kind", "full_border").target
+    assert (target.kind, target.width_px) == ("full_border", FullBorderConfig().width_px)
+    assert (target.decode.min_nuclei, target.decode.border_share) == (2, 0.8)
+    assert Config().replaced({"target.decode.min_nuclei": 2}).replaced(
+        {"target.kind": "full_border"}
+    ).target.decode == (FullBorderConfig(decode=DecodeConfig(min_nuclei=2)).decode)
+
+
+def test_paths_do_not_depend_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--model.kind", "timm", "--model.pretrained")
+    config = from_command_line("--data.root", "images", *words, "w.pth")
+    assert config.data.root == tmp_path / "images"
+    assert config.value("model.pretrained") == str(tmp_path / "w.pth")
+    assert from_command_line(*words, "hub").value("model.pretrained") == "hub"
 
 
 def test_another_optimizer_keeps_the_learning_rate() -> None:

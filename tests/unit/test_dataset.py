@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nuciseg.config import Config
 from nuciseg.data.augment import AugmentConfig, Augmenter
 from nuciseg.data.dataset import (
     LoadedBatch,
@@ -23,6 +24,7 @@ from nuciseg.data.dataset import (
     normalize,
 )
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster
+from nuciseg.engine.datasets import open_training_set
 from nuciseg.targets import FullBorderConfig, build_target
 from nuciseg.types import Sample
 
@@ -230,7 +232,7 @@ def nuclei_of(join: float, world_size: int = 1, epoch: int = 0) -> dict[str, int
     """Nuclei of each training picture; of 12 clusters of two nuclei 8 are for training."""
     augmenter = Augmenter(AugmentConfig(scale=0, elastic_px=0))
     data = TrainingData(
-        Clusters(12), tuple(range(8)), NormalizationConfig(), augmenter, LabelsTarget(), 256, 3, 32, join
+        Clusters(12), tuple(range(8)), NormalizationConfig(), augmenter, LabelsTarget(), 256, 3, join=join
     )
     loaded = [
         data.load(planned, epoch, rank, world_size).batch
@@ -256,6 +258,14 @@ def test_joined_clusters_have_the_nuclei_of_both() -> None:
 def test_joining_depends_on_seed_epoch_and_index_alone() -> None:
     assert nuclei_of(0.5, world_size=3) == nuclei_of(0.5)
     assert nuclei_of(0.5, epoch=1) != nuclei_of(0.5)
+
+
+@pytest.mark.parametrize("stride", [8, 32, 64])
+def test_one_small_image_is_more_than_a_pixel_of_the_deepest_map(stride: int) -> None:
+    config = Config().replaced(
+        {"data.crop_px": 32, "data.synthetic.num_train": 4, "data.synthetic.mean_diameter_px": 70}
+    )
+    assert open_training_set(config, stride).training_data.canvas_px(0, 0) >= max(32, 2 * stride)
 
 
 def test_only_training_clusters_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,15 @@ def test_labels_records_and_samples(labels_root: Path) -> None:
     assert sample.image_HWC.shape == (20, 30, 1)
     assert sample.image_HWC.dtype == np.uint16
     assert sample.labels_HW.dtype == np.int32
-    assert np.all(sample.labels_HW == 2)
+    assert np.all(sample.labels_HW == 1)  # 2 in the file
+
+
+def test_ids_of_any_size_are_numbered_anew(labels_root: Path) -> None:
+    ids_HW = np.zeros((20, 30), np.int32)
+    ids_HW[2:5], ids_HW[8:11], ids_HW[14:17] = 2_000_000_001, 2_000_000_002, -2_000_000_000
+    tifffile.imwrite(labels_root / "train" / "masks" / "im1.tif", ids_HW)
+    labels_HW = labels.load(labels.read(labels_root, "train")[1]).labels_HW
+    assert [labels_HW[row, 0] for row in (0, 3, 9, 15)] == [0, 1, 2, -1]
 
 
 def test_ignored_pixels_stay_negative_and_suffixes_may_differ(labels_root: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from nuciseg import tune
 from nuciseg.config import Config
 from nuciseg.data.joining import join_clusters
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, write_labels_folder
@@ -93,3 +94,12 @@ def test_whole_fields_cannot_be_joined(tmp_path: Path) -> None:
     config = Config().replaced({"data.root": str(tmp_path), "augment.join": 0.5})
     with pytest.raises(ConfigError, match=r"augment\.join is 0\.5, .* set it to 0 for data in the 'labels' layout"):
         open_training_set(config, 16)
+    assert open_training_set(config.replaced({"augment.enabled": False}), 16).training_data.join == 0
+
+
+def test_a_search_that_would_join_whole_fields_is_refused_before_its_trials(tmp_path: Path) -> None:
+    write_labels_folder(SyntheticConfig(num_train=4, num_test=1), tmp_path, 64, 64)
+    space = {"augment.join": {"uniform": [0.0, 0.5]}}
+    config = Config().replaced({"data.root": str(tmp_path), "search.space": space})
+    with pytest.raises(ConfigError, match=r"augment\.join is 0\.5"):
+        tune._check(config, final=False, verbose=False)

@@ -43,6 +43,8 @@ def test_the_disk_that_a_search_needs_is_that_of_its_largest_network(tmp_path: P
     assert stated_mb(large) == pytest.approx(run_mb, abs=1)
     assert stated_mb(search) == pytest.approx(6 * run_mb, abs=1)
     assert stated_mb(search.replaced({"search.final": False})) == pytest.approx(5 * run_mb, abs=1)
+    handed_over_mb = 5 * 4 * run_mb / 3  # PBT: four more of each trial, where a run has three
+    assert stated_mb(search.replaced({"search.scheduler": "pbt"})) == pytest.approx(6 * run_mb + handed_over_mb, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,20 @@ def test_no_cut_leaves_a_part_below_the_smallest_area(config: AnyConfig) -> None
     assert areas_px(1200, min_nuclei=3)[0] >= 1200
 
 
+def test_a_hole_counts_for_no_part_of_a_cut() -> None:
+    """A bud of 836 px with a hole of 400 px: its outline alone would be large enough."""
+    labels_HW = np.zeros((60, 120), np.int32)
+    labels_HW[8:52, 8:53], labels_HW[8:52, 53:72] = 1, 2
+    maps_KHW = np.stack([(labels_HW > 0).astype(np.float32), np.full(labels_HW.shape, 0.001, np.float32)])
+    maps_KHW[1, build_target(TouchingBorderConfig()).encode(labels_HW)[1] > 0] = 1
+    maps_KHW[1, 30:] *= 0.03
+    decode = DecodeConfig(gap_closing=0, border_share=0.6, min_area_px=600, min_width_share=0)
+    target = build_target(TouchingBorderConfig(decode=decode))
+    assert target.decode(maps_KHW).labels_HW.max() == 2
+    maps_KHW[0, 15:45, 57:69] = 0
+    assert target.decode(maps_KHW).labels_HW.max() == 1
+
+
 def test_confidence_falls_with_the_gap() -> None:
     target = build_target(TouchingBorderConfig())
     labels_HW = np.zeros((50, 90), np.int32)

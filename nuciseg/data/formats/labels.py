@@ -11,9 +11,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import numpy as np
+
 from nuciseg.data.formats.folders import groups_of_duplicates, listed, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image, read_labels
+from nuciseg.labels import relabel
 from nuciseg.types import Record, Sample
 
 NAME = "labels"
@@ -44,7 +47,9 @@ def read(root: Path, split: str) -> list[Record]:
 
 
 def load(record: Record) -> Sample:
-    """Decode one pair: `image_HWC` uint8 or uint16 with C = 1, `labels_HW` int32 with the ids of the file.
+    """Decode one pair: `image_HWC` uint8 or uint16 with C = 1, `labels_HW` int32: 0 background, 1..N, -1 ignored.
+
+    Files may number their nuclei as they like, also beyond what augmentation can carry; here they are numbered anew.
 
     Raises `DataError` for unreadable or coloured files, labels that are no integers, and labels of another size.
     """
@@ -55,7 +60,7 @@ def load(record: Record) -> Sample:
             f"{record.label_paths[0]} is {labels_HW.shape[0]} x {labels_HW.shape[1]} pixels (height x width) and its "
             f"image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
         )
-    return Sample(image_HW[..., None], labels_HW)
+    return Sample(image_HW[..., None], np.maximum(relabel(labels_HW), -1))
 
 
 def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
