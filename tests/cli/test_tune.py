@@ -16,7 +16,7 @@ from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.distributed.final import train_final
 from nuciseg.distributed.search import Trial
 from nuciseg.distributed.worker import FINISHED_FILE
-from nuciseg.errors import DataError
+from nuciseg.errors import DataError, ResourceError
 from nuciseg.tracking import read_identity
 from nuciseg.tune import _print_conclusion
 
@@ -176,6 +176,10 @@ def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path)
     assert logged_epochs(final) == [1, 2]
     assert load_config(final / "config.yaml").train.calibrate
     assert (final / FINISHED_FILE).exists()
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot be written"):
+        train_final(config, tmp_path / "file", tmp_path / "trial", verbose=False)
 
     longer = config.replaced({"train.epochs": 3})
     final = train_final(longer, tmp_path / "longer", tmp_path / "trial", verbose=False)

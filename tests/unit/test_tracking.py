@@ -32,7 +32,7 @@ FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 
 # The training loop of a run, reduced to what it tells the tracker: `first last ending kind` are its arguments.
 LOOP = """
-    import logging, os, signal, sys
+    import logging, os, shutil, signal, sys
     from pathlib import Path
     import numpy as np
     from nuciseg.tracking import RunIdentity, TrackingConfig, open_tracker
@@ -55,6 +55,11 @@ LOOP = """
             os.kill(service, signal.SIGKILL)
             os.waitpid(service, 0)
         tracker.log_epoch(last + 1, {"loss": 0.0})
+    if ending == "no-pictures":
+        for media in run_dir.rglob("files/media"):
+            shutil.rmtree(media)
+            media.write_text("a file where the folder of pictures would be")
+        tracker.log_overlays(last + 1, {"a": np.zeros((20, 60, 3), np.uint8)})
     tracker.log_summary({"best": 0.5})
     tracker.finish(0)
     print("went on to the end")
@@ -263,6 +268,19 @@ def test_training_goes_on_when_wandbs_service_dies(tmp_path: Path) -> None:
     assert "went on to the end" in result.stdout
     assert result.stderr.count("W&B failed") == 1
     assert [row["epoch"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_training_goes_on_when_pictures_cannot_be_written(tmp_path: Path) -> None:
+    result = _run_loop(tmp_path / "run", 1, 2, "no-pictures", "offline")
+    assert "went on to the end" in result.stdout, result.stderr
+    assert result.stderr.count("W&B failed") == 1
+
+
+def test_a_full_disk_is_told_where_figures_are_written(tmp_path: Path) -> None:
+    tracker = open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path, {})
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"metrics\.jsonl cannot be written \(No space left"):
+        tracker.log_epoch(1, {"loss": 1.0})
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed: it watches wandb's own process")
