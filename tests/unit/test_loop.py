@@ -221,7 +221,11 @@ def _as_worker(
         timeout=timedelta(seconds=200),
     )
     result = work(Place(rank, world_size), *arguments)
-    (rendezvous / f"result-{rank}").write_bytes(pickle.dumps(result))
+    written = rendezvous / f"result-{rank}.part"
+    written.write_bytes(pickle.dumps(result))
+    written.rename(rendezvous / f"result-{rank}")
+    # Nobody hangs up while another still talks: gloo's own threads then end the process with SIGABRT, now and then.
+    wait_until(lambda: len(list(rendezvous.glob("result-?"))) == world_size, "the results of all workers", limit_s=60)
     dist.destroy_process_group()
 
 
