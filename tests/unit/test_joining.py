@@ -62,6 +62,20 @@ def test_light_away_from_the_contact_is_that_of_the_pictures() -> None:
     assert found
 
 
+def contact_px(sample: Sample, num_first: int) -> int:
+    """Pixels of the first cluster that lie beside the second."""
+    second_HW = ndimage.binary_dilation(sample.labels_HW > num_first)
+    return int(np.count_nonzero(second_HW & (sample.labels_HW > 0) & (sample.labels_HW <= num_first)))
+
+
+def test_nuclei_that_press_against_each_other_touch_along_a_longer_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr("nuciseg.data.joining.PRESSED_SHARE", share)
+        lengths.append(sum(contact_px(both, first.labels_HW.max()) for first, _, both in map(joined, range(12))))
+    assert lengths[1] > 1.15 * lengths[0]
+
+
 def test_the_same_generator_gives_the_same_cluster_and_another_another() -> None:
     first, second = cluster(0), cluster(1)
     one, same, other = (join_clusters(first, second, np.random.default_rng(seed)) for seed in (5, 5, 6))
