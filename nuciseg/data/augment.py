@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -54,14 +54,20 @@ class AugmentConfig(Section):
     join: float = Field(
         0.0, ge=0, le=1, description="chance that another training cluster is laid against it (cut-out clusters only)"
     )
+    notches: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance that the outline's notches are filled and others cut (cut-out clusters only)",
+    )
     probability: float = Field(
         0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"
     )
 
-    @property
-    def share_joined(self) -> float:
-        """Of the training images, those that get another one laid against them."""
-        return self.join if self.enabled else 0.0
+    def share(self, part: Literal["join", "notches"]) -> float:
+        """Of the training images, those that are changed in this way."""
+        chance: float = getattr(self, part)
+        return chance if self.enabled else 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, Augmenter, NormalizedSample
 from nuciseg.data.joining import join_clusters
+from nuciseg.data.notches import change_notches
 from nuciseg.images import saturated_value
 from nuciseg.section import Section
 from nuciseg.types import Batch, Sample
@@ -219,8 +220,8 @@ class TrainingData:
     """Everything that turns a sample index into network input and targets.
 
     `multiple` is the network's stride: canvases are multiples of it, and at least
-    `least_canvas_px`. `join` is the chance that a sample gets another
-    one of `indices` laid against it.
+    `least_canvas_px`. `join` is the chance that a sample gets another one of `indices` laid against it, `notches` the
+    chance that the outline of what comes out gets other notches.
     """
 
     samples: SampleStore
@@ -233,6 +234,7 @@ class TrainingData:
     multiple: int = 32
     least_canvas_px: int = 32
     join: float = 0.0
+    notches: float = 0.0
 
     def canvas_px(self, index: int, epoch: int) -> int:
         """Side of the canvas of a sample; of a joined one such that both fit in whatever way they lie."""
@@ -251,7 +253,9 @@ class TrainingData:
     def _sample(self, index: int, epoch: int) -> Sample:
         partner, rng = self._partner(index, epoch)
         sample = self.samples[index]
-        return sample if partner is None else join_clusters(sample, self.samples[partner], rng)
+        if partner is not None:
+            sample = join_clusters(sample, self.samples[partner], rng)
+        return change_notches(sample, rng) if rng.random() < self.notches else sample
 
     def plan(self, epoch: int, batch_size: int) -> list[PlannedBatch]:
         """The global batches of an epoch."""

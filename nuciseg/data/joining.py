@@ -17,8 +17,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from nuciseg.data.synthetic import outer_border
-from nuciseg.images import saturated_value
+from nuciseg.data.cutouts import (
+    all_mostly_left,
+    areas_px,
+    depth_px,
+    draw_cutout,
+    drawn_line,
+    light_without_line,
+    within_line,
+)
 from nuciseg.types import Sample
 
 MAX_TRIES = 8
@@ -33,7 +40,6 @@ RELATIVE_SIZE = (0.6, 1.1)  # of the second cluster: small nuclei beside large o
 SPREAD_OF_BRIGHTNESS = 0.2  # relative, between neighbours
 MIN_SEEN_SHARE = 0.6  # of each nucleus, else too much of it lies beneath another
 LANE_PX = 2.0  # wider than the diagonal of a pixel, so that a lane across a nucleus is never empty
-MAX_LINE_PX = 6  # a drawn line reaches no deeper into the cluster
 
 
 def join_clusters(first: Sample, second: Sample, rng: np.random.Generator) -> Sample:
@@ -68,19 +74,10 @@ def _turned(sample: Sample, rng: np.random.Generator) -> Sample:
 def _resized(sample: Sample, factor: float) -> Sample:
     """The cluster made smaller or larger; its line is drawn anew, as an interpolated one would leave light behind."""
     height, width = (max(round(side * factor), 1) for side in sample.labels_HW.shape)
-    light_HW = cv2.resize(_without_line(sample), (width, height), interpolation=cv2.INTER_LINEAR)
+    light_HW = cv2.resize(light_without_line(sample), (width, height), interpolation=cv2.INTER_LINEAR)
     labels_HW = cv2.resize(sample.labels_HW.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST)
     labels_HW = np.asarray(labels_HW).astype(np.int32)
-    return _drawn(np.asarray(light_HW).reshape(height, width, -1), labels_HW, outer_border(labels_HW), sample)
-
-
-def _drawn(light_HWC: NDArray[Any], labels_HW: NDArray[np.int32], line_HW: NDArray[np.bool_], like: Sample) -> Sample:
-    """A picture as the data set has it: values of the type of `like`, 0 outside, the line in the highest value."""
-    highest = saturated_value(like.image_HWC)
-    image_HWC = np.clip(np.rint(light_HWC), 1, highest - 1).astype(like.image_HWC.dtype)
-    image_HWC[labels_HW == 0] = 0
-    image_HWC[line_HW] = highest
-    return Sample(image_HWC, labels_HW)
+    return draw_cutout(np.asarray(light_HW, np.float32).reshape(height, width, -1), labels_HW, sample)
 
 
 def _touching_offset(
@@ -135,7 +132,8 @@ def _composed(
         above.labels_HW + below.labels_HW.max() * (above.labels_HW > 0),
         below.labels_HW,
     ).astype(np.int32)
-    if not _whole(labels_HW, first.labels_HW, second.labels_HW):
+    areas_N = np.concatenate([areas_px(first.labels_HW), areas_px(second.labels_HW)])
+    if not all_mostly_left(labels_HW, areas_N, MIN_SEEN_SHARE):
         return None
 
     brightness = math.exp(SPREAD_OF_BRIGHTNESS * rng.standard_normal()) * _median(first) / _median(second)
@@ -152,10 +150,7 @@ def _composed(
         seen.append(light_HWC * np.where(both_HW, share_HW, 1)[..., None])
     light_HWC = np.maximum(*seen) + rng.uniform(0, 1) * np.minimum(*seen)
     light_HWC = np.maximum(light_HWC, DARKEST * np.maximum(*whole))
-    # Old lines stay where they still are the outside; at the contact the line is drawn anew.
-    near_HW = np.asarray(cv2.dilate(both_HW.astype(np.uint8), np.ones((7, 7), np.uint8))) > 0
-    old_line_HW = (below.line_HW | above.line_HW) & (_depth_px(labels_HW > 0) <= MAX_LINE_PX)
-    return _drawn(light_HWC, labels_HW, np.where(near_HW, outer_border(labels_HW), old_line_HW), first)
+    return draw_cutout(light_HWC, labels_HW, first, below.line_HW | above.line_HW, both_HW)
 
 
 def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _Layer:
@@ -163,56 +158,12 @@ def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _
     window = slice(corner[0], corner[0] + rows), slice(corner[1], corner[1] + columns)
     light_HWC = np.zeros((*shape, num_channels), np.float32)
     labels_HW, line_HW = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
-    light_HWC[window] = _without_line(sample)
+    light_HWC[window] = light_without_line(sample)
     labels_HW[window] = sample.labels_HW
-    line_HW[window] = _drawn_line(sample)
-    return _Layer(light_HWC, labels_HW, line_HW, _depth_px(labels_HW > 0))
-
-
-def _drawn_line(sample: Sample) -> NDArray[np.bool_]:
-    is_highest_HWC: NDArray[np.bool_] = sample.image_HWC == saturated_value(sample.image_HWC)
-    return np.asarray(is_highest_HWC.all(axis=2))
-
-
-def _inner(sample: Sample) -> NDArray[np.bool_]:
-    return (sample.labels_HW > 0) & ~_drawn_line(sample)
-
-
-def _without_line(sample: Sample) -> NDArray[np.float32]:
-    """The light of the nuclei, 0 outside of them; on the drawn line that of the nearest pixels within it, softened."""
-    inner_HW = _inner(sample)
-    light_HWC = sample.image_HWC.astype(np.float32)
-    if inner_HW.any():
-        _, nearest_HW = cv2.distanceTransformWithLabels(
-            (~inner_HW).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        position_N = np.zeros(int(nearest_HW.max()) + 1, np.int64)
-        position_N[nearest_HW[inner_HW]] = np.flatnonzero(inner_HW)
-        filled_HWC = light_HWC.reshape(-1, light_HWC.shape[2])[position_N[nearest_HW]]
-        soft_HWC = np.asarray(cv2.blur(filled_HWC, (3, 3))).reshape(filled_HWC.shape)
-        light_HWC = np.where(inner_HW[..., None], light_HWC, soft_HWC)
-    return np.where(sample.labels_HW[..., None] > 0, light_HWC, 0).astype(np.float32)
+    line_HW[window] = drawn_line(sample)
+    return _Layer(light_HWC, labels_HW, line_HW, depth_px(labels_HW > 0))
 
 
 def _median(sample: Sample) -> float:
-    values = sample.image_HWC[_inner(sample)].astype(np.float32)
+    values = sample.image_HWC[within_line(sample)].astype(np.float32)
     return max(float(np.median(values)), 1.0) if values.size else 1.0
-
-
-def _depth_px(mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Distance of each pixel of the mask to the outside, px; the picture's edge is outside."""
-    padded_HW = np.pad(mask_HW.astype(np.uint8), 1)
-    return np.asarray(cv2.distanceTransform(padded_HW, cv2.DIST_L2, 5))[1:-1, 1:-1]
-
-
-def _whole(joined_HW: NDArray[np.int32], *parts: NDArray[np.int32]) -> bool:
-    """Whether most of each nucleus is still there, in one piece."""
-    areas_before = np.concatenate([np.bincount(labels_HW.ravel())[1:] for labels_HW in parts])
-    areas = np.bincount(joined_HW.ravel(), minlength=areas_before.size + 1)[1:]
-    if np.any(areas < MIN_SEEN_SHARE * areas_before):
-        return False
-    return all(
-        cv2.connectedComponents((joined_HW == label).astype(np.uint8), connectivity=4)[0] == 2
-        for label in range(1, areas_before.size + 1)
-        if areas_before[label - 1]
-    )

@@ -60,7 +60,8 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
         seed=config.seed,
         multiple=max(stride, 32),
         least_canvas_px=2 * stride,  # one image whose deepest map is one pixel has no variance to normalise with
-        join=config.augment.share_joined,
+        join=config.augment.share("join"),
+        notches=config.augment.share("notches"),
     )
     return TrainingSet(samples, split, training_data)
 
@@ -72,11 +73,12 @@ def check_data(config: Config) -> Split:
 
 def check_augmentation(config: Config) -> None:
     """Raise ConfigError where the augmentation is not one for these data."""
-    if config.augment.share_joined and format_of(config.data) not in CLUSTER_FORMATS:
-        raise ConfigError(
-            f"augment.join is {config.augment.join}, but only clusters cut out on black can be laid against each "
-            f"other; set it to 0 for data in the {format_of(config.data)!r} layout"
-        )
+    for part in ("join", "notches"):
+        if config.augment.share(part) and format_of(config.data) not in CLUSTER_FORMATS:
+            raise ConfigError(
+                f"augment.{part} is {getattr(config.augment, part)}, but that is for clusters cut out on black; "
+                f"set it to 0 for data in the {format_of(config.data)!r} layout"
+            )
 
 
 def refuse_smaller_than(stride: int, samples: SampleStore) -> None:
