@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from nuciseg.data.augment import AugmentConfig
 from nuciseg.data.dataset import NormalizationConfig
 from nuciseg.data.formats import FormatName
+from nuciseg.data.markings import Marking
 from nuciseg.data.synthetic import SyntheticConfig
 from nuciseg.errors import ConfigError
 from nuciseg.images import write_bytes
@@ -53,6 +54,7 @@ class DataConfig(Section):
     crop_px: int = Field(192, ge=32, le=4096, multiple_of=32, description="longest side of a training crop, pixels")
     batch_size: int = Field(16, ge=1, description="images a step, over all workers")
     num_loader_threads: int = Field(1, ge=0, le=64, description="threads that make batches ahead, per worker; 0: none")
+    marking: Marking = Field("as_is", description="drawn border of cut-out clusters; erased: not for the network")
     normalization: NormalizationConfig = NormalizationConfig()
     synthetic: SyntheticConfig = SyntheticConfig()
 

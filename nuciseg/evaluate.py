@@ -64,6 +64,8 @@ def print_result(result: EvaluationResult) -> None:
         table.add_row(name, *(each[name] for each in figures))
     Console().print(table)
     decode = ", ".join(f"{key} {value}" for key, value in result.target.config.decode.model_dump().items())
+    for name, scores in result.by_marking.items():
+        print(f"drawn border {name}: {scores.clusters_separated} of {scores.clusters} clusters separated")
     print("mean AP: over IoU .50 to .95; pooled: all nuclei together; per image: mean of the images' own APs")
     print(f"checkpoint: {result.checkpoint} (epoch {result.epoch}, trained on split {result.split_hash})")
     print(f"decoding:   {result.target.config.kind}, {decode}")

@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -33,6 +33,15 @@ FREE, ZEROED, SATURATED, OUTSIDE = range(4)
 # sides, so this wider range is mapped onto [0, 1].
 UNIT_LOW, UNIT_WIDTH = -0.25, 1.5
 ELASTIC_GRID_PX = 32  # distance of the random displacements; half a nucleus of the nucleus data set
+
+
+class ClusterChanges(NamedTuple):
+    """The parts of `AugmentConfig` that only cut-out clusters can take; 0 is off."""
+
+    join: float = 0.0
+    notches: float = 0.0
+    marking_dropped: float = 0.0
+    marking_shift_px: int = 0
 
 
 class AugmentConfig(Section):
@@ -60,14 +69,24 @@ class AugmentConfig(Section):
         le=1,
         description="chance that the outline's notches are filled and others cut (cut-out clusters only)",
     )
+    marking_dropped: float = Field(
+        0.0, ge=0, le=1, description="chance that the drawn border is erased (cut-out clusters only)"
+    )
+    marking_shift_px: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="farthest that the drawn border is moved along an axis, px (cut-out clusters only)",
+    )
     probability: float = Field(
         0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"
     )
 
-    def share(self, part: Literal["join", "notches"]) -> float:
-        """Of the training images, those that are changed in this way."""
-        chance: float = getattr(self, part)
-        return chance if self.enabled else 0.0
+    @property
+    def of_clusters(self) -> ClusterChanges:
+        """What is done to cut-out clusters before all else; nothing where `enabled` is off."""
+        strengths = {name: getattr(self, name) for name in ClusterChanges._fields}
+        return ClusterChanges(**strengths) if self.enabled else ClusterChanges()
 
 
 @dataclass(frozen=True)

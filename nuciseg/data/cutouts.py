@@ -5,6 +5,8 @@ Shape legend: H rows, W columns, C channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +19,30 @@ MAX_LINE_PX = 6  # a drawn line reaches no deeper into the cluster
 REDRAWN_PX = 3  # around what has changed the line is drawn anew: its own width
 
 
-def drawn_line(sample: Sample) -> NDArray[np.bool_]:
+def drawn_line(image_HWC: NDArray[Any]) -> NDArray[np.bool_]:
     """Where the border is drawn."""
-    is_highest_HWC: NDArray[np.bool_] = sample.image_HWC == saturated_value(sample.image_HWC)
+    is_highest_HWC: NDArray[np.bool_] = image_HWC == saturated_value(image_HWC)
     return np.asarray(is_highest_HWC.all(axis=2))
 
 
 def within_line(sample: Sample) -> NDArray[np.bool_]:
     """Where the picture shows the light of nuclei."""
-    return (sample.labels_HW > 0) & ~drawn_line(sample)
+    return (sample.labels_HW > 0) & ~drawn_line(sample.image_HWC)
 
 
 def light_without_line(sample: Sample) -> NDArray[np.float32]:
     """The light of the nuclei, 0 outside of them; on the drawn line that of the nearest pixels within it, softened."""
-    within_HW = within_line(sample)
-    light_HWC = sample.image_HWC.astype(np.float32)
-    if within_HW.any():
-        soft_HWC = cv2.blur(light_HWC.reshape(-1, light_HWC.shape[2])[nearest_position(within_HW)], (3, 3))
-        light_HWC = np.where(within_HW[..., None], light_HWC, np.asarray(soft_HWC).reshape(light_HWC.shape))
-    return np.where(sample.labels_HW[..., None] > 0, light_HWC, 0).astype(np.float32)
+    return light_within(sample.image_HWC, sample.labels_HW > 0)
+
+
+def light_within(image_HWC: NDArray[Any], inside_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """`light_without_line` where only the cluster as a whole is known."""
+    seen_HW = inside_HW & ~drawn_line(image_HWC)
+    light_HWC = image_HWC.astype(np.float32)
+    if seen_HW.any():
+        soft_HWC = cv2.blur(light_HWC.reshape(-1, light_HWC.shape[2])[nearest_position(seen_HW)], (3, 3))
+        light_HWC = np.where(seen_HW[..., None], light_HWC, np.asarray(soft_HWC).reshape(light_HWC.shape))
+    return np.where(inside_HW[..., None], light_HWC, 0).astype(np.float32)
 
 
 def nearest_position(mask_HW: NDArray[np.bool_]) -> NDArray[np.int64]:

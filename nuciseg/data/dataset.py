@@ -19,6 +19,7 @@ from pydantic import Field
 
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, Augmenter, NormalizedSample
 from nuciseg.data.joining import join_clusters
+from nuciseg.data.markings import Marking, disturb_marking, with_marking
 from nuciseg.data.notches import change_notches
 from nuciseg.images import saturated_value
 from nuciseg.section import Section
@@ -28,7 +29,7 @@ CANVAS_MARGIN = 1.05  # room for a cluster that turns on its canvas
 WINDOW_BATCHES = 16  # batches that are sorted by size together: larger wastes less, smaller mixes better
 MIN_PIXELS = 16  # fewer pixels than this have no percentiles worth using
 NORMALIZED_RANGE = (-1.0, 3.0)
-JOINING = 1  # tells the random numbers of joining from those of the other augmentation
+CLUSTERS = 1  # tells the random numbers of joining, notches and markings from those of the other augmentation
 
 
 class NormalizationConfig(Section):
@@ -220,8 +221,7 @@ class TrainingData:
     """Everything that turns a sample index into network input and targets.
 
     `multiple` is the network's stride: canvases are multiples of it, and at least
-    `least_canvas_px`. `join` is the chance that a sample gets another one of `indices` laid against it, `notches` the
-    chance that the outline of what comes out gets other notches.
+    `least_canvas_px`. Samples are joined, their notches and markings changed as the augmenter's configuration says.
     """
 
     samples: SampleStore
@@ -233,8 +233,7 @@ class TrainingData:
     seed: int
     multiple: int = 32
     least_canvas_px: int = 32
-    join: float = 0.0
-    notches: float = 0.0
+    marking: Marking = "as_is"
 
     def canvas_px(self, index: int, epoch: int) -> int:
         """Side of the canvas of a sample; of a joined one such that both fit in whatever way they lie."""
@@ -245,17 +244,22 @@ class TrainingData:
 
     def _partner(self, index: int, epoch: int) -> tuple[int | None, np.random.Generator]:
         """The sample that is joined to this one, if any, and the generator of how; from (seed, epoch, index) alone."""
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index, JOINING]))
-        if rng.random() >= self.join:
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, index, CLUSTERS]))
+        if rng.random() >= self.augmenter.config.of_clusters.join:
             return None, rng
         return self.indices[int(rng.integers(len(self.indices)))], rng
 
     def _sample(self, index: int, epoch: int) -> Sample:
+        """The sample as a cluster that could have been photographed and marked; not yet turned and normalised."""
+        changes = self.augmenter.config.of_clusters
         partner, rng = self._partner(index, epoch)
         sample = self.samples[index]
         if partner is not None:
             sample = join_clusters(sample, self.samples[partner], rng)
-        return change_notches(sample, rng) if rng.random() < self.notches else sample
+        if rng.random() < changes.notches:
+            sample = change_notches(sample, rng)
+        image_HWC = disturb_marking(sample.image_HWC, changes.marking_dropped, changes.marking_shift_px, rng)
+        return Sample(with_marking(image_HWC, self.marking), sample.labels_HW)
 
     def plan(self, epoch: int, batch_size: int) -> list[PlannedBatch]:
         """The global batches of an epoch."""
@@ -363,13 +367,17 @@ def evaluation_batches(indices: Sequence[int], shapes: Sequence[Sequence[int]], 
 
 
 def evaluation_images(
-    samples: SampleStore, indices: Sequence[int], normalization: NormalizationConfig, multiple: int
+    samples: SampleStore,
+    indices: Sequence[int],
+    normalization: NormalizationConfig,
+    multiple: int,
+    marking: Marking = "as_is",
 ) -> torch.Tensor:
     """Whole images (B, C, H, W), not augmented, padded at the bottom and the right to a common multiple of `multiple`.
 
     The padding is raw 0, normalised like its image.
     """
-    loaded = [samples[index].image_HWC for index in indices]
+    loaded = [with_marking(samples[index].image_HWC, marking) for index in indices]
     height = round_up(max(image_HWC.shape[0] for image_HWC in loaded), multiple)
     width = round_up(max(image_HWC.shape[1] for image_HWC in loaded), multiple)
     images = np.zeros((len(loaded), loaded[0].shape[2], height, width), np.float32)

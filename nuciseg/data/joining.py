@@ -160,7 +160,7 @@ def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _
     labels_HW, line_HW = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
     light_HWC[window] = light_without_line(sample)
     labels_HW[window] = sample.labels_HW
-    line_HW[window] = drawn_line(sample)
+    line_HW[window] = drawn_line(sample.image_HWC)
     return _Layer(light_HWC, labels_HW, line_HW, depth_px(labels_HW > 0))
 
 

@@ -52,7 +52,7 @@ def change_notches(sample: Sample, rng: np.random.Generator) -> Sample:
         notched_HW = _notched(labels_HW, rng)
         if all_mostly_left(notched_HW, areas_px(sample.labels_HW), MIN_LEFT_SHARE):
             labels_HW = notched_HW
-    return draw_cutout(light_HWC, labels_HW, sample, drawn_line(sample), labels_HW != sample.labels_HW)
+    return draw_cutout(light_HWC, labels_HW, sample, drawn_line(sample.image_HWC), labels_HW != sample.labels_HW)
 
 
 def _closed(mask_HW: NDArray[np.bool_], radius_px: float) -> NDArray[np.bool_]:

@@ -60,8 +60,7 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
         seed=config.seed,
         multiple=max(stride, 32),
         least_canvas_px=2 * stride,  # one image whose deepest map is one pixel has no variance to normalise with
-        join=config.augment.share("join"),
-        notches=config.augment.share("notches"),
+        marking=config.data.marking,
     )
     return TrainingSet(samples, split, training_data)
 
@@ -73,12 +72,20 @@ def check_data(config: Config) -> Split:
 
 def check_augmentation(config: Config) -> None:
     """Raise ConfigError where the augmentation is not one for these data."""
-    for part in ("join", "notches"):
-        if config.augment.share(part) and format_of(config.data) not in CLUSTER_FORMATS:
+    layout = format_of(config.data)
+    if layout in CLUSTER_FORMATS:
+        return
+    for part, strength in config.augment.of_clusters._asdict().items():
+        if strength:
             raise ConfigError(
-                f"augment.{part} is {getattr(config.augment, part)}, but that is for clusters cut out on black; "
-                f"set it to 0 for data in the {format_of(config.data)!r} layout"
+                f"augment.{part} is {strength}, but that is for clusters cut out on black; set it to 0 for data in the "
+                f"{layout!r} layout"
             )
+    if config.data.marking != "as_is":
+        raise ConfigError(
+            f"data.marking is {config.data.marking!r}, but only clusters cut out on black have a border drawn on them; "
+            f"set it to 'as_is' for data in the {layout!r} layout"
+        )
 
 
 def refuse_smaller_than(stride: int, samples: SampleStore) -> None:

@@ -31,9 +31,11 @@ from nuciseg import __version__
 from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples
+from nuciseg.data.formats import CLUSTER_FORMATS
 from nuciseg.data.splits import split_records
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint
 from nuciseg.engine.datasets import format_of, open_samples, open_split_samples, refuse_smaller_than
+from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
 from nuciseg.errors import CheckpointError, DataError, ResourceError
@@ -69,6 +71,7 @@ class EvaluationResult:
     target: Target
     scores: Scores
     baselines: Mapping[str, Scores]
+    by_marking: Mapping[str, Scores]  # with other drawn borders; empty where the images have none
     image_rows: tuple[Mapping[str, Any], ...]
     out: Path
 
@@ -118,6 +121,7 @@ def evaluate_checkpoint(
             target=network.target,
             scores=Scores.total(each.own for each in scored),
             baselines={name: Scores.total(each.baselines[name] for each in scored) for name in BASELINES},
+            by_marking=scores_by_marking(network, samples, indices) if format_of(data) in CLUSTER_FORMATS else {},
             image_rows=rows,
             out=out,
         )
@@ -263,6 +267,7 @@ def _report(result: EvaluationResult, loaded: Checkpoint, data: DataConfig, samp
         "averaging": AVERAGING,
         **result.scores.summary(),
         "baselines": {name: scores.summary() for name, scores in result.baselines.items()},
+        "by_marking": {name: scores.summary() for name, scores in result.by_marking.items()},
     }
 
 

@@ -42,10 +42,11 @@ def predict_probabilities(
 ) -> Iterator[Probabilities]:
     """The probabilities of the samples at `indices`, or of this worker's share of them, largest images first."""
     place = place or Place(device=network.precision.device)
-    config = network.config.data.normalization
+    data = network.config.data
     batches = evaluation_batches(indices, samples.shapes, EVALUATION_BATCH_SIZE)
     for batch_indices in batches[place.rank :: place.world_size]:
-        probabilities_BKHW = _forward(network, evaluation_images(samples, batch_indices, config, network.stride))
+        images_BCHW = evaluation_images(samples, batch_indices, data.normalization, network.stride, data.marking)
+        probabilities_BKHW = _forward(network, images_BCHW)
         for row, index in enumerate(batch_indices):
             height, width = samples.shapes[index][:2]
             yield Probabilities(index, samples.ids[index], probabilities_BKHW[row, :, :height, :width])

@@ -230,10 +230,8 @@ class LabelsTarget(ForegroundTarget):
 
 def nuclei_of(join: float, world_size: int = 1, epoch: int = 0) -> dict[str, int]:
     """Nuclei of each training picture; of 12 clusters of two nuclei 8 are for training."""
-    augmenter = Augmenter(AugmentConfig(scale=0, elastic_px=0))
-    data = TrainingData(
-        Clusters(12), tuple(range(8)), NormalizationConfig(), augmenter, LabelsTarget(), 256, 3, join=join
-    )
+    augmenter = Augmenter(AugmentConfig(scale=0, elastic_px=0, join=join))
+    data = TrainingData(Clusters(12), tuple(range(8)), NormalizationConfig(), augmenter, LabelsTarget(), 256, 3)
     loaded = [
         data.load(planned, epoch, rank, world_size).batch
         for planned in data.plan(epoch, 4)
