@@ -100,6 +100,7 @@ class RunConfig(Section):
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder; none: verb and time")
     storage_path: Path = Field(Path("runs"), description="folder of all runs; on a cluster one that all nodes share")
+    group: str | None = Field(None, description="W&B group; none: the name of the run or search")
     max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
 
 
@@ -269,18 +270,30 @@ class _Flags(BaseSettings, Config):
     )
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> CliSettingsSource[Any]:
-    """Add `--config FILE` and one flag for every key of the configuration, with type, unit and default in `--help`."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags count more")
+def add_config_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> CliSettingsSource[Any]:
+    """Add `--config FILE` and one flag for every key of the configuration, with type, unit and default in `--help`.
+
+    With `several` the flag may be given more than once, and `args.config` is a list or None.
+    """
+    if several:
+        help = "YAML file of settings, or a folder of them; given more than once, one search after the other; flags "
+        help += "count more"
+        parser.add_argument("--config", type=Path, action="append", metavar="FILE", help=help)
+    else:
+        parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags count more")
     parser.allow_abbrev = False
     return CliSettingsSource(_Flags, root_parser=parser, cli_parse_args=None)
 
 
 def config_from_args(
-    source: CliSettingsSource[Any], args: argparse.Namespace, base: Mapping[str, Any] | None = None
+    source: CliSettingsSource[Any],
+    args: argparse.Namespace,
+    base: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
 ) -> Config:
-    """Defaults < `base` < `--config` < flags, validated; raises ConfigError."""
-    return _with_whole_paths(_layered(base or {}, args.config, source(parsed_args=args)()))
+    """Defaults < `base` < `file` (else `--config`) < flags, validated; raises ConfigError."""
+    return _with_whole_paths(_layered(base or {}, file or args.config, source(parsed_args=args)()))
 
 
 def _with_whole_paths(config: Config) -> Config:

@@ -1,18 +1,23 @@
-"""Search for the best network: `python -m nuciseg.tune [--config FILE] [--any.key value] [--resume DIR]`.
+"""Search for the best network: `python -m nuciseg.tune [--config FILE ...] [--any.key value] [--resume DIR]`.
 
-With nothing else it draws synthetic clusters and searches a small U-Net on them.
+With nothing else it draws synthetic clusters and searches a small U-Net on them. With several files, or a folder of
+them, it makes one search after the other; interrupted, it goes on with --resume.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, run_verb
+from nuciseg.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pydantic_settings import CliSettingsSource
+
     from nuciseg.config import Config
     from nuciseg.distributed.search import Trial
 
@@ -34,36 +39,119 @@ DEFAULT_SEARCH: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the configuration, search, print the ranked trials, train and evaluate the winner."""
-    from nuciseg.config import add_config_flags, config_from_args
+    """Read the configurations, search, print the ranked trials, train and evaluate the winners."""
+    from nuciseg.config import add_config_flags
 
     parser = Parser("tune", __doc__ or "")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted search in this folder")
     parser.add_argument("--no-final", action="store_true", help="do not train and evaluate the winner")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
-    flags = add_config_flags(parser)
+    flags = add_config_flags(parser, several=True)
     args = parser.parse_args(argv)
-
-    from nuciseg.distributed.runs import describe_disk_need, new_run_dir, refuse_other_settings
-    from nuciseg.distributed.search import read_search_config, resume_search, start_search
-
     if args.resume is not None:
-        refuse_other_settings(flags(parsed_args=args)(), args.config)
-        folder: Path = args.resume
-        config = read_search_config(folder)
+        _resume(args.resume, flags(parsed_args=args)(), args)
+        return
+    files = config_files(args.config or [])
+    if len(files) > 1:
+        _search_each(files, flags, args)
+        return
+    config = _read(flags, args, files[0] if files else None)
+    _check(config, final=config.search.final and not args.no_final, verbose=args.verbose)
+    from nuciseg.distributed.runs import new_run_dir
+
+    _search(config, new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}"), args)
+
+
+def config_files(paths: Sequence[Path]) -> list[Path]:
+    """The YAML files that `paths` name, of folders all that lie in them, by name. Raises ConfigError."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not inside:
+            raise ConfigError(f"--config {path} is a folder without a .yaml file; give the path of a YAML file")
+        files += inside
+    by_name: dict[str, Path] = {}
+    for file in files:
+        other = by_name.setdefault(file.stem, file)
+        if other != file:
+            raise ConfigError(f"--config {other} and {file} would both be searched in a folder {file.stem}; rename one")
+    return list(by_name.values())
+
+
+def _read(flags: CliSettingsSource[Any], args: argparse.Namespace, file: Path | None) -> Config:
+    from nuciseg.config import config_from_args
+
+    args = argparse.Namespace(**{**vars(args), "config": None})
+    return config_from_args(flags, args, DEFAULT_SEARCH if file is None else {}, file=file)
+
+
+def _search_each(files: Sequence[Path], flags: CliSettingsSource[Any], args: argparse.Namespace) -> None:
+    """Several searches, each in a folder of its file's name within one, and in one W&B group.
+
+    All are checked before the first begins, and written down, so that `--resume` needs nothing but the folder.
+    """
+    from nuciseg.config import write_config
+    from nuciseg.distributed.runs import new_run_dir
+
+    configs = {file.stem: _read(flags, args, file) for file in files}
+    for name, config in configs.items():
+        print(f"checking {name}", flush=True)
+        _check(config, final=config.search.final and not args.no_final, verbose=args.verbose)
+    first = next(iter(configs.values()))
+    folder = new_run_dir(first, f"searches-{time.strftime('%Y%m%d-%H%M%S')}")
+    for name, config in configs.items():
+        group = config.run.group or folder.name
+        run = {"run.storage_path": str(folder.resolve()), "run.name": name, "run.group": group}
+        write_config(config.replaced(run), folder / f"{name}.yaml")
+    _go_through(folder, args)
+
+
+def _go_through(folder: Path, args: argparse.Namespace) -> None:
+    """Begin or resume each search whose configuration lies in `folder`."""
+    from nuciseg.config import load_config
+    from nuciseg.distributed.worker import CONFIG_FILE
+
+    files = sorted(folder.glob("*.yaml"))
+    for number, file in enumerate(files, start=1):
+        print(f"\n{file.stem}, search {number} of {len(files)}", flush=True)
+        search_dir = folder / file.stem
+        resumed = (search_dir / CONFIG_FILE).exists()
+        search_dir.mkdir(exist_ok=True)
+        _search(load_config(file), search_dir, args, resumed=resumed)
+    print(f"\nall {len(files)} searches: {folder}")
+
+
+def _resume(folder: Path, flags: Mapping[str, Any], args: argparse.Namespace) -> None:
+    from nuciseg.distributed.runs import refuse_other_settings
+    from nuciseg.distributed.search import read_search_config
+    from nuciseg.distributed.worker import CONFIG_FILE
+
+    refuse_other_settings(flags, args.config)
+    if not (folder / CONFIG_FILE).exists() and any(folder.glob("*.yaml")):
+        _go_through(folder, args)
     else:
-        config = config_from_args(flags, args, DEFAULT_SEARCH if args.config is None else {})
-    final = config.search.final and not args.no_final
-    if args.resume is None:
-        _check(config, final=final, verbose=args.verbose)
-        folder = new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}")
-    print(f"search folder: {folder}\n{describe_disk_need(config, folder)}", flush=True)
-    if args.resume is not None:
-        trials = resume_search(config, folder, verbose=args.verbose)
-    else:
-        trials = start_search(config, folder, verbose=args.verbose)
+        _search(read_search_config(folder), folder, args, resumed=True)
+
+
+def _search(config: Config, folder: Path, args: argparse.Namespace, *, resumed: bool = False) -> None:
+    """One search from its first trial to its winner."""
+    from nuciseg.distributed.runs import describe_disk_need
+    from nuciseg.distributed.search import resume_search, start_search
+
+    print(f"search folder: {folder}\n{describe_disk_need(config, folder)}\n{describe_arms(config)}", flush=True)
+    search = resume_search if resumed else start_search
+    trials = search(config, folder, verbose=args.verbose)
     _print_trials(trials, config)
-    _print_conclusion(trials, config, folder, final=final, verbose=args.verbose)
+    _print_conclusion(trials, config, folder, final=config.search.final and not args.no_final, verbose=args.verbose)
+
+
+def describe_arms(config: Config) -> str:
+    """What differs between the trials of a search, and what is the same by construction."""
+    epochs = config.search.trial_epochs or config.train.epochs
+    stopped = "" if config.search.scheduler == "none" else f" at most ({config.search.scheduler} decides)"
+    differs = ", ".join(config.search.space)
+    seeds = "" if "seed" in config.search.space else f", seed {config.seed}"
+    return f"differs: {differs}; same: images, split {config.data.split_seed}, {epochs} epochs{stopped}{seeds}"
 
 
 def _check(config: Config, *, final: bool, verbose: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ def resumed_config(folder: Path, flags: Mapping[str, Any], config_file: Path | N
     return load_config(folder / CONFIG_FILE)
 
 
-def refuse_other_settings(flags: Mapping[str, Any], config_file: Path | None) -> None:
+def refuse_other_settings(flags: Mapping[str, Any], config_files: Path | Sequence[Path] | None) -> None:
     """A resumed run keeps its settings: raise ConfigError where others are given."""
-    given = _first_key(flags) if flags else ("config" if config_file is not None else None)
+    given = _first_key(flags) if flags else ("config" if config_files else None)
     if given is not None:
         raise ConfigError(f"--resume goes on with the run's own settings; leave out --{given}, or start a new run")
 
@@ -108,7 +108,7 @@ def train_identity(config: Config, run_dir: Path, search: str | None = None) -> 
     return RunIdentity(
         id=f"{label}-{os.urandom(4).hex()}",  # W&B keeps runs of folders that are long gone
         name=run_dir.name,
-        group=search or run_dir.name,
+        group=config.run.group or search or run_dir.name,
         job_type="train",
         tags=(config.model.kind, kind, config.target.kind),
     )

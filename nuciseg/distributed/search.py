@@ -188,7 +188,7 @@ def _trial_job(sample: Mapping[str, Any], plan: Plan, trial_id: str) -> Job:
     identity = RunIdentity(
         id=f"{plan.folder.name}-{trial_id}",
         name=f"{trial_id.rsplit('_', 1)[-1]} {describe(sample)}",
-        group=plan.folder.name,
+        group=plan.base.run.group or plan.folder.name,
         job_type="tune",
         tags=(config.model.kind, getattr(config.model, "encoder", config.model.kind), config.target.kind),
     )
