@@ -51,6 +51,13 @@ class DataConfig(Section):
     cache_dir: Path | None = Field(None, description="decoded images; none: the user's cache folder")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the training images held out")
     split_seed: int = Field(0, ge=0, description="seed of the split into training and validation")
+    num_folds: int | None = Field(
+        None, ge=2, description="cross-validation in so many parts; none: validation_fraction"
+    )
+    fold: int = Field(0, ge=0, description="with num_folds: which part is held out, from 0")
+    pool_test: bool = Field(
+        False, description="divide the test images, too, for cross-validation; nothing is left to test"
+    )
     crop_px: int = Field(192, ge=32, le=4096, multiple_of=32, description="longest side of a training crop, pixels")
     batch_size: int = Field(16, ge=1, description="images a step, over all workers")
     num_loader_threads: int = Field(1, ge=0, le=64, description="threads that make batches ahead, per worker; 0: none")

@@ -52,37 +52,73 @@ def split_records(records: Sequence[Record], validation_fraction: float, seed: i
     """
     if not 0 < validation_fraction < 1:
         raise ConfigError(f"validation_fraction is {validation_fraction}; choose a share between 0 and 1, as 0.15.")
-    members: dict[str, list[str]] = {}
-    positions: dict[str, int] = {}
-    for position in sorted(range(len(records)), key=lambda i: records[i].id):
-        record = records[position]
-        if record.id in positions:
-            raise DataError(f"The id '{record.id}' occurs twice in the data set; give each image its own name.")
-        positions[record.id] = position
-        members.setdefault(record.group, []).append(record.id)
-    if len(members) < 2:
+    sizes = _group_sizes(records)
+    if len(sizes) < 2:
         raise DataError(
-            f"{len(records)} images in {len(members)} group(s) cannot be divided into train and validation; "
+            f"{len(records)} images in {len(sizes)} group(s) cannot be divided into train and validation; "
             "at least two images from different fields are needed."
         )
-    chosen = _choose_groups({group: len(ids) for group, ids in members.items()}, validation_fraction, seed)
-    validation_ids = tuple(sorted(id for group in chosen for id in members[group]))
-    held_out = set(validation_ids)
-    train_ids = tuple(id for id in positions if id not in held_out)
+    return _split(records, _choose_groups(sizes, validation_fraction, seed), seed)
+
+
+def fold_records(records: Sequence[Record], num_folds: int, fold: int, seed: int) -> Split:
+    """One part of a cross-validation: of `num_folds` parts of whole groups, part `fold` (0, 1, ...) is validation.
+
+    Every image is in exactly one part. Groups go, in an order drawn from `seed`, to the part that is smallest so far,
+    so that parts differ by at most the largest group. Raises `ConfigError` for a fold that does not exist, `DataError`
+    for fewer groups than parts or for an id that occurs twice.
+    """
+    if not 0 <= fold < num_folds:
+        raise ConfigError(f"data.fold is {fold}, but data.num_folds is {num_folds}; choose 0 to {num_folds - 1}.")
+    sizes = _group_sizes(records)
+    if len(sizes) < num_folds:
+        raise DataError(
+            f"{len(records)} images in {len(sizes)} group(s) cannot be divided into {num_folds} folds; set "
+            "data.num_folds to fewer."
+        )
+    parts: list[set[str]] = [set() for _ in range(num_folds)]
+    num_images = [0] * num_folds
+    for name in _shuffled(sizes, seed):
+        smallest = num_images.index(min(num_images))
+        parts[smallest].add(name)
+        num_images[smallest] += sizes[name]
+    return _split(records, parts[fold], seed)
+
+
+def _group_sizes(records: Sequence[Record]) -> dict[str, int]:
+    ids: set[str] = set()
+    sizes: dict[str, int] = {}
+    for record in records:
+        if record.id in ids:
+            raise DataError(f"The id '{record.id}' occurs twice in the data set; give each image its own name.")
+        ids.add(record.id)
+        sizes[record.group] = sizes.get(record.group, 0) + 1
+    return sizes
+
+
+def _split(records: Sequence[Record], held_out: set[str], seed: int) -> Split:
+    """The division by groups that are held out."""
+    by_id = sorted(range(len(records)), key=lambda position: records[position].id)
+    validation = tuple(position for position in by_id if records[position].group in held_out)
+    train = tuple(position for position in by_id if records[position].group not in held_out)
     return Split(
-        train=tuple(positions[id] for id in train_ids),
-        validation=tuple(positions[id] for id in validation_ids),
-        train_ids=train_ids,
-        validation_ids=validation_ids,
+        train=train,
+        validation=validation,
+        train_ids=tuple(records[position].id for position in train),
+        validation_ids=tuple(records[position].id for position in validation),
         seed=seed,
     )
+
+
+def _shuffled(sizes: dict[str, int], seed: int) -> list[str]:
+    names = sorted(sizes)
+    return [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
 
 
 def _choose_groups(sizes: dict[str, int], fraction: float, seed: int) -> set[str]:
     num_images = sum(sizes.values())
     wish = min(max(round(fraction * num_images), 1), num_images - 1)
-    names = sorted(sizes)
-    names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    names = _shuffled(sizes, seed)
     chosen: set[str] = set()
     num_chosen = 0
     for name in names:

@@ -64,6 +64,8 @@ def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:
 
 
 def _has_test_images(config: DataConfig) -> bool:
+    if config.pool_test:
+        return False
     if format_of(config) == "synthetic":
         return config.synthetic.num_test > 0
     return config.root is not None and (config.root / "test").is_dir()

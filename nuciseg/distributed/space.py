@@ -48,7 +48,10 @@ _NOT_SEARCHED = {
     "train.calibrate": "only the winner is calibrated, so set it in the base configuration",
     "inference": "trials are validated with one view, so set it in the base configuration",
     **dict.fromkeys(
-        ("data.root", "data.format", "data.cache_dir", "data.synthetic", "data.validation_fraction", "data.split_seed"),
+        (
+            *("data.root", "data.format", "data.cache_dir", "data.synthetic", "data.pool_test"),
+            *("data.validation_fraction", "data.split_seed", "data.num_folds"),  # but data.fold: all parts in turn
+        ),
         "trials are compared on the same images, so set it in the base configuration",
     ),
 }

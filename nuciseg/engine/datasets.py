@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
-from nuciseg.data.splits import Split, split_records
+from nuciseg.data.splits import Split, fold_records, split_records
 from nuciseg.engine.network import stride_of
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.targets import build_target
@@ -42,7 +42,14 @@ def open_samples(config: DataConfig, split: str) -> CachedSamples:
 def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
     """The decoded training images, and which of them are held out for validation. Raises DataError."""
     records, samples = _open(config, "train")
-    return samples, split_records(records, config.validation_fraction, config.split_seed)
+    return samples, divide(records, config)
+
+
+def divide(records: Sequence[Record], config: DataConfig) -> Split:
+    """The records' division into training and validation that `config` describes. Raises ConfigError or DataError."""
+    if config.num_folds is not None:
+        return fold_records(records, config.num_folds, config.fold, config.split_seed)
+    return split_records(records, config.validation_fraction, config.split_seed)
 
 
 def open_training_set(config: Config, stride: int) -> TrainingSet:
@@ -110,10 +117,18 @@ def format_of(config: DataConfig) -> str:
 def _open(config: DataConfig, split: str) -> tuple[list[Record], CachedSamples]:
     load: Callable[[Record], Sample]
     name = format_of(config)
+    if config.pool_test and split == "test":
+        raise DataError(
+            "data.pool_test made the test images training and validation images, so there is nothing to test on; take "
+            "--split validation"
+        )
+    parts = ("train", "test") if config.pool_test else (split,)
     if name == "synthetic":
-        records, load = synthetic.read(config.synthetic, split), partial(synthetic.load, config=config.synthetic)
+        load = partial(synthetic.load, config=config.synthetic)
+        records = [record for part in parts for record in synthetic.read(config.synthetic, part)]
     else:
         assert config.root is not None  # else the format is synthetic
         layout = get_format(name)
-        records, load = layout.read(config.root, split), layout.load
+        load = layout.load
+        records = [record for part in parts for record in layout.read(config.root, part)]
     return records, open_cache(records, load, format_name=name, cache_dir=config.cache_dir)

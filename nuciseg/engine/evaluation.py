@@ -32,9 +32,8 @@ from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples
 from nuciseg.data.formats import CLUSTER_FORMATS
-from nuciseg.data.splits import split_records
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint
-from nuciseg.engine.datasets import format_of, open_samples, open_split_samples, refuse_smaller_than
+from nuciseg.engine.datasets import divide, format_of, open_samples, open_split_samples, refuse_smaller_than
 from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
@@ -175,7 +174,7 @@ def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint
         if (data.root / "test").is_dir() or len(set(samples.groups)) < 2:
             return False
         records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
-        return split_records(records, trained.validation_fraction, trained.split_seed).hash == loaded.split_hash
+        return divide(records, trained).hash == loaded.split_hash
 
 
 def _score_all(

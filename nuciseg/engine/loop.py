@@ -267,7 +267,7 @@ class Trainer:
         if checkpoint.split_hash != self.data.split.hash:
             raise CheckpointError(
                 f"{folder} was trained on split {checkpoint.split_hash}, the data now gives {self.data.split.hash}: "
-                "the images or data.validation_fraction or data.split_seed changed; start a new run"
+                "the images changed, or one of data's settings of the split; start a new run"
             )
         tensors: dict[str, dict[str, torch.Tensor]] = {
             part: {} for part in ("model", "optimizer", "averaged", "scaler")

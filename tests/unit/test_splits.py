@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nuciseg.data.splits import Split, split_records
+from nuciseg.config import Config
+from nuciseg.data.splits import Split, fold_records, split_records
+from nuciseg.engine.datasets import open_samples, open_split_samples
 from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.types import Record
 
@@ -93,3 +95,42 @@ def test_what_cannot_be_divided_is_refused() -> None:
     for fraction in (0.0, 1.0, float("nan")):
         with pytest.raises(ConfigError, match="validation_fraction"):
             split_records([record("a"), record("b")], fraction, 0)
+
+
+@given(groups=GROUPED, num_folds=st.integers(2, 6), seed=st.integers(0, 99), data=st.data())
+def test_folds_hold_each_image_out_once_and_no_group_straddles(
+    groups: list[int], num_folds: int, seed: int, data: st.DataObject
+) -> None:
+    records = [record(f"image{i:03}", f"group{group}") for i, group in enumerate(groups)]
+    if len(set(groups)) < num_folds:
+        with pytest.raises(DataError, match=r"data\.num_folds"):
+            fold_records(records, num_folds, 0, seed)
+        return
+    folds = [fold_records(records, num_folds, fold, seed) for fold in range(num_folds)]
+    assert sorted(i for fold in folds for i in fold.validation) == list(range(len(records)))
+    sizes = [len(fold.validation) for fold in folds]
+    assert max(sizes) - min(sizes) <= max(groups.count(group) for group in groups)
+    for fold in folds:
+        assert sorted(fold.train + fold.validation) == list(range(len(records)))
+        assert {records[i].group for i in fold.train}.isdisjoint(records[i].group for i in fold.validation)
+    again = fold_records(data.draw(st.permutations(records)), num_folds, 1, seed)
+    assert again.hash == folds[1].hash
+
+
+def test_folds_depend_on_the_seed_and_must_exist() -> None:
+    records = [record(f"image{i}") for i in range(20)]
+    assert len({fold_records(records, 5, 0, seed).hash for seed in range(5)}) == 5
+    with pytest.raises(ConfigError, match=r"data\.fold is 5, but data\.num_folds is 5; choose 0 to 4"):
+        fold_records(records, 5, 5, 0)
+
+
+def test_pooled_test_images_are_divided_with_the_others_and_test_nothing() -> None:
+    config = Config().replaced({"data.synthetic.num_train": 12, "data.synthetic.num_test": 8, "data.num_folds": 5}).data
+    assert len(open_split_samples(config)[0]) == 12
+    pooled = config.model_copy(update={"pool_test": True})
+    samples, split = open_split_samples(pooled)
+    assert len(samples) == 20
+    assert len(split.validation) == 4
+    assert set(open_samples(config, "test").ids) < set(samples.ids)
+    with pytest.raises(DataError, match=r"data\.pool_test made the test images training"):
+        open_samples(pooled, "test")
