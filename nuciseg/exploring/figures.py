@@ -49,7 +49,7 @@ def draw_nuclei(findings: Findings) -> list[Picture]:
     """Histograms of everything that is known of single nuclei and where they touch."""
     return [
         _numbers(findings, lambda look: look.clusters, "nuclei", "clusters", "Nuclei that hang together in a cluster"),
-        _numbers(findings, lambda look: [len(look.nuclei)], "nuclei", "images", "Nuclei in an image"),
+        _nuclei_of_images(findings),
         _spread(findings, lambda look: look.nuclei.area_px, "area, px", "Area of each nucleus", logarithmic=True),
         _spread(findings, lambda look: look.nuclei.elongation, "long / short axis", "Elongation of each nucleus"),
         _spread(findings, lambda look: look.contacts_px, "length, px", "Length along which two nuclei touch"),
@@ -74,6 +74,13 @@ def draw_ceilings(findings: Findings) -> Picture:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=7)
     return drawing(figure, "The ceiling of each target by the width of its line")
+
+
+def _nuclei_of_images(findings: Findings) -> Picture:
+    caption = "Nuclei in an image"
+    if max((len(look.nuclei) for look in findings.looks), default=0) > COUNTED_MOST:
+        return _spread(findings, lambda look: [len(look.nuclei)], "nuclei", caption, logarithmic=True)
+    return _numbers(findings, lambda look: [len(look.nuclei)], "nuclei", "images", caption)
 
 
 def _bends(look: Look) -> list[float]:

@@ -24,7 +24,7 @@ from nuciseg.exploring.label_faults import (
 )
 from nuciseg.exploring.light import Light, measure_light
 from nuciseg.exploring.line_faults import line_faults
-from nuciseg.exploring.reading import Broken, DataSet, Part
+from nuciseg.exploring.reading import Broken, DataSet, Part, printable
 from nuciseg.exploring.shapes import Nuclei, find_contacts, measure_nuclei, nuclei_per_cluster
 from nuciseg.images import read_image
 from nuciseg.targets import FullBorderConfig, TouchingBorderConfig, build_target
@@ -99,7 +99,7 @@ def faults_of_broken(data: DataSet, broken: Broken) -> Iterator[Fault]:
     """The fault that a file cannot be used, and where its drawn lines can be read, what is wrong with them."""
     id = broken.record.id if broken.record else broken.path.stem if broken.path else broken.split
     file = data.relative(broken.path) if broken.path else broken.split
-    yield Fault("unusable file", broken.split, id, file, broken.reason)
+    yield Fault("unusable file", broken.split, printable(id), file, printable(broken.reason))
     if broken.record is None or data.format_name != nucleus.NAME:
         return
     assert broken.record.image_path is not None

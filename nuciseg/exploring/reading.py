@@ -61,11 +61,18 @@ class DataSet:
 
     def file_of(self, record: Record) -> str:
         """The image's file as the user knows it: its place in the data set; its id where it is drawn."""
-        return record.id if record.image_path is None else self.relative(record.image_path)
+        return printable(record.id) if record.image_path is None else self.relative(record.image_path)
 
     def relative(self, path: Path) -> str:
+        """`path` from the data set's folder, as text that any page can hold."""
         root = self.root
-        return path.relative_to(root).as_posix() if root is not None and path.is_relative_to(root) else str(path)
+        name = path.relative_to(root).as_posix() if root is not None and path.is_relative_to(root) else str(path)
+        return printable(name)
+
+
+def printable(text: str) -> str:
+    """`text` with the bytes of a file name that are no UTF-8 written out."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def open_data(config: DataConfig) -> DataSet:
