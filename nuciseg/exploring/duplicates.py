@@ -1,7 +1,8 @@
 """Images that show the same thing, and what of it would leak from training into validation or test.
 
 Candidates are images whose small pictures are alike in one of the eight orientations; a candidate is a near-duplicate
-if its fine structure, the part that no two nuclei share, matches at the best shift.
+if its fine structure, the part that no two nuclei share, matches at the best shift. Crops that share only a part are
+found by `overlaps`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from nuciseg.data.formats.folders import groups_of_duplicates
 from nuciseg.data.splits import split_records
+from nuciseg.exploring.overlaps import Marks, find_overlaps
 from nuciseg.exploring.reading import DataSet, Part
 from nuciseg.images import saturated_value
 from nuciseg.types import Record
@@ -45,13 +47,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that show the same; `turned` where one is rotated or mirrored against the other."""
+    """Two images that show the same; `turned` where one is rotated or mirrored against the other.
+
+    `likeness` is the correlation of their fine structure, or where they share only a part (`partly`), how much of the
+    smaller one that is.
+    """
 
     first: Place
     second: Place
     likeness: float
     turned: bool
     same_group: bool
+    partly: bool = False
 
     @property
     def crosses_splits(self) -> bool:
@@ -94,11 +101,32 @@ def find_near_duplicates(data: DataSet, pictures: Sequence[Float]) -> list[Pair]
             pairs.append((first, second, likeness, orientation > 0))
     best: dict[tuple[int, int], Pair] = {}
     for first, second, likeness, is_turned in sorted(pairs, key=lambda pair: (-pair[2], pair[3], pair[:2])):
-        records = [places[at][0].records[places[at][1]] for at in (first, second)]
-        same_group = places[first][0] is places[second][0] and records[0].group == records[1].group
-        ends = [_place(data, *places[at]) for at in (first, second)]
-        best.setdefault((first, second), Pair(ends[0], ends[1], likeness, is_turned, same_group))
+        best.setdefault((first, second), _pair(data, places[first], places[second], likeness, is_turned))
     return list(best.values())
+
+
+def find_shared_parts(data: DataSet, marks: Sequence[Marks], known: Sequence[Pair]) -> list[Pair]:
+    """Pairs beside the `known` ones that share a part, the largest first; `marks` of all images in order."""
+    places = [(part, position) for part in data.parts for position in range(len(part))]
+    pairs = [
+        _pair(data, places[first], places[second], share, partly=True)
+        for (first, second), share in find_overlaps(marks).items()
+    ]
+    told = {(pair.first, pair.second) for pair in known}
+    return sorted((pair for pair in pairs if (pair.first, pair.second) not in told), key=lambda pair: -pair.likeness)
+
+
+def _pair(
+    data: DataSet,
+    first: tuple[Part, int],
+    second: tuple[Part, int],
+    likeness: float,
+    is_turned: bool = False,
+    partly: bool = False,
+) -> Pair:
+    records = [part.records[position] for part, position in (first, second)]
+    same_group = first[0] is second[0] and records[0].group == records[1].group
+    return Pair(_place(data, *first), _place(data, *second), likeness, is_turned, same_group, partly)
 
 
 def find_leaks(data: DataSet, pairs: Sequence[Pair], validation_fraction: float, split_seed: int) -> Leaks:

@@ -21,7 +21,7 @@ from nuciseg.exploring.ceilings import (
     measure_baselines,
     measure_ceilings,
 )
-from nuciseg.exploring.duplicates import Leaks, Pair, find_leaks, find_near_duplicates
+from nuciseg.exploring.duplicates import Leaks, Pair, find_leaks, find_near_duplicates, find_shared_parts
 from nuciseg.exploring.faults import KINDS, Fault
 from nuciseg.exploring.inspection import Look, faults_among, faults_of_broken, look_at
 from nuciseg.exploring.reading import DataSet
@@ -167,6 +167,7 @@ def explore(data: DataSet, config: DataConfig, say: Say = lambda what: None) -> 
     faults += [fault for broken in data.broken for fault in faults_of_broken(data, broken)]
     say("comparing the images with each other")
     pairs = find_near_duplicates(data, [look.small for look in looks])
+    pairs += find_shared_parts(data, [look.marks for look in looks], pairs)
     chosen = choose_images(data)
     say(f"encoding and decoding {sum(map(len, chosen.values()))} images for each target")
     ceilings = tuple(measure_ceilings(data, chosen))

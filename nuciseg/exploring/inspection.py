@@ -24,6 +24,7 @@ from nuciseg.exploring.label_faults import (
 )
 from nuciseg.exploring.light import Light, measure_light
 from nuciseg.exploring.line_faults import line_faults
+from nuciseg.exploring.overlaps import Marks, window_marks
 from nuciseg.exploring.reading import Broken, DataSet, Part, printable
 from nuciseg.exploring.shapes import Nuclei, find_contacts, measure_nuclei, nuclei_per_cluster
 from nuciseg.images import read_image
@@ -37,7 +38,7 @@ BORDERS = {config.kind: build_target(config) for config in (TouchingBorderConfig
 class Look:
     """What is known of one image. `contacts_px` and `lines` have an entry for each two nuclei that touch;
     `border_px` counts the border pixels of each target at its default width, `valid_px` those that are not ignored;
-    `small` is what near-duplicates are found by."""
+    `small` and `marks` are what near-duplicates and crops of one field are found by."""
 
     split: str
     position: int
@@ -53,6 +54,7 @@ class Look:
     border_px: dict[str, int]
     valid_px: int
     small: NDArray[np.float32]
+    marks: Marks
 
 
 def look_at(data: DataSet, part: Part) -> Iterator[tuple[Look, list[Fault]]]:
@@ -78,6 +80,7 @@ def look_at(data: DataSet, part: Part) -> Iterator[tuple[Look, list[Fault]]]:
             },
             valid_px=int(np.count_nonzero(labels_HW >= 0)),
             small=small_picture(image_HW),
+            marks=window_marks(image_HW),
         )
         findings = chain(straight_contacts(contacts), _findings(data, record, sample, nuclei))
         yield look, [_fault(part.split, record.id, look.file, finding) for finding in findings]

@@ -219,7 +219,10 @@ def _fault_blocks(findings: Findings, faults: Sequence[Fault]) -> Iterator[Block
 def _duplicates(findings: Findings) -> Iterator[Block]:
     leaks = findings.leaks
     if not findings.pairs and not leaks.groups:
-        yield Text("No two images show the same, turned or mirrored ones included, and no group is in both splits.")
+        yield Text(
+            "No two images show the same, turned or mirrored ones included, no two share a part to the last bit, and "
+            "no group is in both splits."
+        )
         return
     if leaks.groups:
         names = ", ".join(leaks.groups[:MAX_NAMES])
@@ -234,21 +237,22 @@ def _duplicates(findings: Findings) -> Iterator[Block]:
         )
     apart = sum(not pair.same_group and not pair.crosses_splits for pair in findings.pairs)
     yield Text(
-        f"{len(findings.pairs)} pairs of images show the same; {apart} of one split are in different groups, so that a "
-        "split may divide them."
+        f"{len(findings.pairs)} pairs of images show the same or share a part; {apart} of one split are in different "
+        "groups, so that a split may divide them."
     )
     yield Pictures(
         [same(findings.data, pair.first, pair.second, _pair_caption(pair)) for pair in findings.pairs[:MAX_PICTURES]]
     )
     if len(findings.pairs) > MAX_PICTURES:
         rest = findings.pairs[MAX_PICTURES : MAX_PICTURES + MAX_NAMES]
-        rows = [[pair.first.file, pair.second.file, number(pair.likeness)] for pair in rest]
-        yield Table(["first", "second", "likeness"], rows, f"{len(findings.pairs) - MAX_PICTURES} more pairs")
+        rows = [[_pair_caption(pair)] for pair in rest]
+        yield Table(["pair"], rows, f"{len(findings.pairs) - MAX_PICTURES} more pairs")
 
 
 def _pair_caption(pair: Pair) -> str:
     turned = ", turned" if pair.turned else ""
-    return f"{pair.first.file} and {pair.second.file} (likeness {pair.likeness:.2f}{turned})"
+    how = f"{percent(pair.likeness)} shared" if pair.partly else f"likeness {pair.likeness:.2f}{turned}"
+    return f"{pair.first.file} and {pair.second.file} ({how})"
 
 
 def _ceiling(findings: Findings) -> list[Block]:

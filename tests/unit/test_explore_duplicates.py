@@ -12,7 +12,16 @@ from nuciseg.config import DataConfig
 from nuciseg.data.formats import nucleus
 from nuciseg.data.splits import split_records
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
-from nuciseg.exploring.duplicates import Leaks, Pair, find_leaks, find_near_duplicates, small_picture, turned
+from nuciseg.exploring.duplicates import (
+    Leaks,
+    Pair,
+    find_leaks,
+    find_near_duplicates,
+    find_shared_parts,
+    small_picture,
+    turned,
+)
+from nuciseg.exploring.overlaps import find_overlaps, window_marks
 from nuciseg.exploring.reading import open_data
 from nuciseg.images import read_image, read_labels, write_labels_tiff, write_png
 
@@ -35,6 +44,8 @@ def found(root: Path, split_seed: int = 0) -> tuple[list[Pair], Leaks]:
     data = open_data(DataConfig(root=root))
     pictures = [small_picture(sample.image_HWC[..., 0]) for part in data.parts for _, sample in part]
     pairs = find_near_duplicates(data, pictures)
+    marks = [window_marks(sample.image_HWC[..., 0]) for part in data.parts for _, sample in part]
+    pairs += find_shared_parts(data, marks, pairs)
     return pairs, find_leaks(data, pairs, 0.25, split_seed)
 
 
@@ -122,3 +133,33 @@ def test_flat_images_are_not_alike() -> None:
     assert not small_picture(np.zeros((20, 30), np.uint16)).any()
     rich = cv2.resize(np.random.default_rng(0).integers(1, 254, (5, 5), dtype=np.uint8), (40, 40))
     assert np.linalg.norm(small_picture(rich)) == pytest.approx(1, abs=1e-5)
+
+
+def test_crops_of_one_field_that_share_a_corner(fields: Path) -> None:
+    for split, window in (("train", np.s_[:80, :90]), ("test", np.s_[50:, 60:])):
+        for part, read, write in (("images", read_image, write_png), ("masks", read_labels, write_labels_tiff)):
+            suffix = "png" if part == "images" else "tif"
+            pixels_HW = read(fields / "train" / part / f"drawn_00002.{suffix}")
+            write(fields / split / part / f"part.{suffix}", np.ascontiguousarray(pixels_HW[window]))
+    (fields / "train" / "images" / "drawn_00002.png").unlink()
+    (fields / "train" / "masks" / "drawn_00002.tif").unlink()
+    (pair,), leaks = found(fields)
+    assert files(pair) == {"train/images/part.png", "test/images/part.png"}
+    assert pair.partly
+    assert 0 < pair.likeness < 0.5
+    assert leaks.train_test == (pair,)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_shared_window_is_found_wherever_it_lies(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(1, np.iinfo(dtype).max, (2, 60, 70), dtype)
+    assert find_overlaps([window_marks(one), window_marks(other)]) == {}
+    other[31:55, 3:27] = one[2:26, 40:64]
+    assert list(find_overlaps([window_marks(one), window_marks(other)])) == [(0, 1)]
+
+
+def test_flat_and_small_images_share_nothing() -> None:
+    assert window_marks(np.full((40, 40), 9, np.uint8)).size == 0
+    assert window_marks(np.arange(21, dtype=np.uint8).reshape(3, 7)).size == 0
+    assert find_overlaps([]) == {}
