@@ -10,6 +10,7 @@ from nuciseg.cli import run_verb
 from nuciseg.errors import ConfigError
 
 VERBS = {
+    "explore": "look at a data set: figures, faults, leaks, the best possible score, and what to train with",
     "tune": "search for the best network, train the winner to the end and evaluate it",
     "train": "train one network on any number of workers",
     "evaluate": "score a network beside trivial baselines, with a picture of each image, worst first",

@@ -87,12 +87,17 @@ def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() ->
     assert first == "pip install -e . && python -m nuciseg.tune"
     assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
     verbs = {command.split()[2] for command in EXAMPLES}
-    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("tune", "train", "evaluate", "predict"))}
+    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("explore", "tune", "train", "evaluate", "predict"))}
 
 
 def test_the_verbs_are_listed(workplace: Workplace) -> None:
     listed = workplace.run("python -m nuciseg")
-    assert all(verb in listed for verb in ("tune", "train", "evaluate", "predict"))
+    assert all(verb in listed for verb in ("explore", "tune", "train", "evaluate", "predict"))
+
+
+def test_explore(workplace: Workplace) -> None:
+    workplace.run(example("explore").replace("DIR", str(workplace.data_root)))
+    assert (workplace.folder / "explore.html").exists()
 
 
 def test_train(checkpoint: Path) -> None:

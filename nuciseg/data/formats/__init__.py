@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from nuciseg.data.formats import labels, nucleus
-from nuciseg.data.formats.folders import listed
+from nuciseg.data.formats.folders import LeftOut, listed
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.types import Record, Sample
 
@@ -27,7 +27,7 @@ class DataFormat(Protocol):
 
     def detect(self, root: Path) -> bool: ...
 
-    def read(self, root: Path, split: str) -> list[Record]: ...
+    def read(self, root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]: ...
 
     def load(self, record: Record) -> Sample: ...
 

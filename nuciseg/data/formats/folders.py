@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
 from nuciseg.errors import DataError
 
 MAX_NAMED = 3  # names in a message; the rest are counted
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that a tolerant reader passed over, and why."""
+
+    path: Path
+    reason: str
 
 
 def listed(names: Iterable[str]) -> str:
@@ -36,42 +45,74 @@ def split_folder(root: Path, split: str, parts: Sequence[str]) -> Path:
     return folder
 
 
-def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Files of `folder` with one of `suffixes` by their stem, sorted; hidden files are left out."""
+def files_by_stem(folder: Path, suffixes: Sequence[str], left_out: list[LeftOut] | None = None) -> dict[str, Path]:
+    """Files of `folder` with one of `suffixes` by their stem, sorted; hidden files are left out.
+
+    Of two files with the same stem the second one is added to `left_out`; without that list a DataError is raised.
+    """
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
             continue
         if path.stem in files:
-            raise DataError(f"{path} and {files[path.stem].name} have the same stem; keep one of them.")
+            message = f"{path} and {files[path.stem].name} have the same stem; keep one of them."
+            _refuse(message, [(path, message)], left_out)
+            continue
         files[path.stem] = path
     return files
 
 
 def pair_files(
-    images_folder: Path, labels_folder: Path, suffixes: Sequence[str], labels_word: str
+    images_folder: Path,
+    labels_folder: Path,
+    suffixes: Sequence[str],
+    labels_word: str,
+    left_out: list[LeftOut] | None = None,
 ) -> list[tuple[str, Path, Path]]:
-    """(stem, image, label file) for every image, sorted by stem; `labels_word` says in messages what labels are."""
-    images, labels = files_by_stem(images_folder, suffixes), files_by_stem(labels_folder, suffixes)
+    """(stem, image, label file) for every image, sorted by stem; `labels_word` says in messages what labels are.
+
+    Files without a partner are added to `left_out`; without that list a DataError is raised for them.
+    """
+    images = files_by_stem(images_folder, suffixes, left_out)
+    labels = files_by_stem(labels_folder, suffixes, left_out)
     if not images and not labels:
         raise DataError(f"{images_folder} holds no images ({', '.join(suffixes)}); put the images there.")
     if without := images.keys() - labels.keys():
-        raise DataError(
+        _refuse(
             f"{len(without)} of {len(images)} images in {images_folder} have no {labels_word} of the same name in "
-            f"{labels_folder}: {listed(without)}; add the {labels_word}s or remove the images."
+            f"{labels_folder}: {listed(without)}; add the {labels_word}s or remove the images.",
+            [(images[stem], f"{images[stem]} has no {labels_word} in {labels_folder}.") for stem in sorted(without)],
+            left_out,
         )
     if alone := labels.keys() - images.keys():
-        raise DataError(
+        _refuse(
             f"{len(alone)} of {len(labels)} {labels_word}s in {labels_folder} have no image of the same name in "
-            f"{images_folder}: {listed(alone)}; add the images or remove the {labels_word}s."
+            f"{images_folder}: {listed(alone)}; add the images or remove the {labels_word}s.",
+            [(labels[stem], f"{labels[stem]} has no image in {images_folder}.") for stem in sorted(alone)],
+            left_out,
         )
-    return [(stem, images[stem], labels[stem]) for stem in images]
+    return [(stem, images[stem], labels[stem]) for stem in images if stem in labels]
+
+
+def _refuse(message: str, files: Iterable[tuple[Path, str]], left_out: list[LeftOut] | None) -> None:
+    """Raise DataError, or note each of `files` (path, reason) in `left_out`."""
+    if left_out is None:
+        raise DataError(message)
+    left_out += [LeftOut(path, reason) for path, reason in files]
 
 
 def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
-    """A group for each id: its own id, or the first id whose image file has the very same bytes."""
+    """A group for each id: its own id, or the first id whose image file has the very same bytes.
+
+    A file that cannot be read is a group of its own; whoever loads it says why.
+    """
     first_by_digest: dict[bytes, str] = {}
-    return {
-        id: first_by_digest.setdefault(blake2b(path.read_bytes(), digest_size=16).digest(), id)
-        for id, path in images.items()
-    }
+    groups = {}
+    for id, path in images.items():
+        try:
+            digest = blake2b(path.read_bytes(), digest_size=16).digest()
+        except OSError:
+            groups[id] = id
+        else:
+            groups[id] = first_by_digest.setdefault(digest, id)
+    return groups

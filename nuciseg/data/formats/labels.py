@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nuciseg.data.formats.folders import groups_of_duplicates, listed, pair_files, split_folder
+from nuciseg.data.formats.folders import LeftOut, groups_of_duplicates, listed, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image, read_labels
 from nuciseg.labels import relabel
@@ -32,17 +32,25 @@ def detect(root: Path) -> bool:
     return any((folder / IMAGES).is_dir() and (folder / MASKS).is_dir() for folder in folders)
 
 
-def read(root: Path, split: str) -> list[Record]:
+def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]:
     """The records of a split, sorted by id.
 
     The group is what `groups.csv` says; without that file each image is its own group, except that images with the
-    same bytes share one. Raises `DataError` for a missing or empty folder, unpaired files and a bad `groups.csv`.
+    same bytes share one. Raises `DataError` for a missing or empty folder and, without a list `left_out` to note them
+    in, for unpaired files and a bad `groups.csv`.
     """
     folder = split_folder(Path(root), split, (IMAGES, MASKS))
-    pairs = pair_files(folder / IMAGES, folder / MASKS, SUFFIXES, "label image")
+    pairs = pair_files(folder / IMAGES, folder / MASKS, SUFFIXES, "label image", left_out)
     images = {id: image for id, image, _ in pairs}
     table = folder / GROUPS
-    groups = _read_groups(table, images) if table.is_file() else groups_of_duplicates(images)
+    groups = groups_of_duplicates(images)
+    if table.is_file():
+        try:
+            groups = _read_groups(table, images)
+        except DataError as error:
+            if left_out is None:
+                raise
+            left_out.append(LeftOut(table, str(error)))
     return [Record(id, image, (mask,), groups[id]) for id, image, mask in pairs]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nuciseg.data.formats.folders import groups_of_duplicates, pair_files, split_folder
+from nuciseg.data.formats.folders import LeftOut, groups_of_duplicates, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image
 from nuciseg.labels import enclosed_regions, regrow, relabel
@@ -35,14 +35,15 @@ def detect(root: Path) -> bool:
     return any((folder / SOLUTIONS).is_dir() for folder in (root, root / "train", root / "test"))
 
 
-def read(root: Path, split: str) -> list[Record]:
+def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]:
     """The records of a split, sorted by id.
 
     File names of this data set say nothing about the field a crop was cut from, so each image is its own group; only
-    images with the same bytes share one. Raises `DataError` for a missing or empty folder and for unpaired files.
+    images with the same bytes share one. Raises `DataError` for a missing or empty folder and, without a list
+    `left_out` to note them in, for unpaired files.
     """
     folder = split_folder(Path(root), split, (SOLUTIONS,))
-    pairs = pair_files(folder, folder / SOLUTIONS, (".png",), "solution")
+    pairs = pair_files(folder, folder / SOLUTIONS, (".png",), "solution", left_out)
     groups = groups_of_duplicates({id: image for id, image, _ in pairs})
     return [Record(id, image, (solution,), groups[id]) for id, image, solution in pairs]
 
@@ -54,7 +55,7 @@ def load(record: Record) -> Sample:
     encloses no nucleus.
     """
     assert record.image_path is not None
-    image_HW, solution_HW = read_image(record.image_path), _read_solution(record.label_paths[0])
+    image_HW, solution_HW = read_image(record.image_path), read_solution(record.label_paths[0])
     if image_HW.shape != solution_HW.shape:
         raise DataError(
             f"{record.label_paths[0]} is {solution_HW.shape[0]} x {solution_HW.shape[1]} pixels (height x width) and "
@@ -89,7 +90,8 @@ def labels_from_solution(image_HW: NDArray[np.generic], solution_HW: NDArray[np.
     return regrow(labels_HW, border_HW, MAX_BORDER_DEPTH_PX)
 
 
-def _read_solution(path: Path) -> NDArray[np.uint8]:
+def read_solution(path: Path) -> NDArray[np.uint8]:
+    """The drawn borders at `path` (H, W), as they are in the file. Raises `DataError`."""
     pixels_HW = read_image(path)
     if pixels_HW.dtype != np.uint8:
         raise DataError(f"{path} holds {pixels_HW.dtype} pixels; convert it to 8 bit, with the border drawn in 255.")
