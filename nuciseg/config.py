@@ -92,6 +92,13 @@ class InferenceConfig(Section):
     num_views: Literal[1, 2, 4, 8] = Field(
         1, description="turned and mirrored copies of an image whose probabilities are averaged"
     )
+    rounds: int = Field(
+        0,
+        ge=0,
+        le=20,
+        description="times that the border found is drawn on the image and the network asked again, until it closes; "
+        "for networks trained with augment.drawn_borders",
+    )
 
 
 class ScaleConfig(Section):

@@ -17,6 +17,7 @@ from nuciseg.errors import DataError
 
 if TYPE_CHECKING:
     from nuciseg.engine.network import Network
+    from nuciseg.types import Instances
 
 # torch and all that needs it are imported where they are used, so that --help answers at once.
 
@@ -46,26 +47,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint_path = find_checkpoint(args.checkpoint)
     network, _ = load_network(checkpoint_path, local_device())
     require_writable(args.out)
-    failed = num_nuclei = 0
+    failed = num_nuclei = doubtful = 0
     for path in paths:
         try:
-            num_found = predict_file(network, path, args.out)
+            instances = predict_file(network, path, args.out)
         except DataError as error:
             if len(paths) == 1:
                 raise
             failed += 1
             print(f"nuciseg: {error}", file=sys.stderr)
             continue
+        num_found = len(instances.confidences_N)
         num_nuclei += num_found
-        print(f"{path}: {num_found} nuclei")
+        doubtful += bool(instances.num_open_borders)
+        flag = f", {instances.num_open_borders} borders open: look at it" if instances.num_open_borders else ""
+        print(f"{path}: {num_found} nuclei{flag}")
     done = len(paths) - failed
     print(f"{num_nuclei} nuclei in {done} images, written to {args.out} (checkpoint {checkpoint_path})")
+    if doubtful:
+        print(f"{doubtful} images have borders that do not close, flagged above: their nuclei may be cut wrongly")
     if failed:
         raise DataError(f"{failed} of {len(paths)} images could not be predicted (reasons above); the rest is done")
 
 
-def predict_file(network: Network, path: Path, out: Path) -> int:
-    """Write labels and picture of the image at `path`; returns the number of nuclei. Raises DataError."""
+def predict_file(network: Network, path: Path, out: Path) -> Instances:
+    """Write labels and picture of the image at `path`; returns its nuclei. Raises DataError."""
     from nuciseg.engine.prediction import predict_image
     from nuciseg.images import read_image, write_labels_tiff, write_png
     from nuciseg.plots import overlay_rgb
@@ -75,7 +81,7 @@ def predict_file(network: Network, path: Path, out: Path) -> int:
     scale = max(1, OVERLAY_PX // max(image_HW.shape))
     write_labels_tiff(out / f"{path.stem}_masks.tif", instances.labels_HW)
     write_png(out / f"{path.stem}_overlay.png", overlay_rgb(image_HW, instances.labels_HW, scale=scale))
-    return len(instances.confidences_N)
+    return instances
 
 
 def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:

@@ -83,7 +83,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Instances:
-    """Separated nuclei: `labels_HW` int32 (0 background, 1..N), `confidences_N` float32 in [0, 1]."""
+    """Separated nuclei: `labels_HW` int32 (0 background, 1..N), `confidences_N` float32 in [0, 1].
+
+    `num_open_borders` is how many borders were found that do not close, where that was asked for: a person should look.
+    """
 
     labels_HW: NDArray[np.int32]
     confidences_N: NDArray[np.float32]
+    num_open_borders: int | None = None

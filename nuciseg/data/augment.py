@@ -42,6 +42,7 @@ class ClusterChanges(NamedTuple):
     notches: float = 0.0
     marking_dropped: float = 0.0
     marking_shift_px: int = 0
+    drawn_borders: float = 0.0
 
 
 class AugmentConfig(Section):
@@ -77,6 +78,13 @@ class AugmentConfig(Section):
         ge=0,
         le=16,
         description="farthest that the drawn border is moved along an axis, px (cut-out clusters only)",
+    )
+    drawn_borders: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="chance that parts of the true borders are drawn on the image, for inference.rounds "
+        "(cut-out clusters only)",
     )
     probability: float = Field(
         0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, Augmenter, NormalizedSample
 from nuciseg.data.joining import join_clusters
-from nuciseg.data.markings import Marking, disturb_marking, with_marking
+from nuciseg.data.markings import Marking, disturb_marking, draw_border, part_of, with_marking
 from nuciseg.data.notches import change_notches
 from nuciseg.images import saturated_value
 from nuciseg.section import Section
@@ -62,6 +62,8 @@ class TargetEncoder(Protocol):
 
     @property
     def map_names(self) -> tuple[str, ...]: ...
+    @property
+    def border_index(self) -> int: ...
     def encode(self, labels_HW: NDArray[np.int32], /) -> NDArray[np.float32]: ...
 
 
@@ -259,7 +261,11 @@ class TrainingData:
         if rng.random() < changes.notches:
             sample = change_notches(sample, rng)
         image_HWC = disturb_marking(sample.image_HWC, changes.marking_dropped, changes.marking_shift_px, rng)
-        return Sample(with_marking(image_HWC, self.marking), sample.labels_HW)
+        image_HWC = with_marking(image_HWC, self.marking)
+        if rng.random() < changes.drawn_borders:
+            border_HW = self.target.encode(sample.labels_HW)[self.target.border_index] > 0
+            image_HWC = draw_border(image_HWC, part_of(border_HW, rng))
+        return Sample(image_HWC, sample.labels_HW)
 
     def plan(self, epoch: int, batch_size: int) -> list[PlannedBatch]:
         """The global batches of an epoch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +18,8 @@ from nuciseg.data.cutouts import drawn_line, light_within
 from nuciseg.images import saturated_value
 
 Marking = Literal["as_is", "erased"]
+
+PATCH_PX = 24  # borders are drawn or left out in patches of about this size
 
 
 def with_marking(image_HWC: NDArray[Any], marking: Marking) -> NDArray[Any]:
@@ -61,3 +64,18 @@ def disturb_marking(
         return erase_marking(image_HWC)
     rows, columns = (int(shift) for shift in rng.integers(-largest_shift_px, largest_shift_px + 1, 2))
     return shift_marking(image_HWC, rows, columns) if rows or columns else image_HWC
+
+
+def draw_border(image_HWC: NDArray[Any], border_HW: NDArray[np.bool_]) -> NDArray[Any]:
+    """The image with a border drawn on it as the outer one is, in the highest value."""
+    drawn_HWC = image_HWC.copy()
+    drawn_HWC[border_HW] = np.asarray(saturated_value(image_HWC)).astype(image_HWC.dtype)
+    return drawn_HWC
+
+
+def part_of(border_HW: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """A random part of a border, from none of it to nearly all, in pieces: what a network may have found of it."""
+    height, width = border_HW.shape
+    coarse = rng.random((-(-height // PATCH_PX) + 1, -(-width // PATCH_PX) + 1), dtype=np.float32)
+    smooth_HW = np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR))
+    return border_HW & (smooth_HW < rng.random())

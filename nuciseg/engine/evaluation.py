@@ -37,6 +37,7 @@ from nuciseg.engine.datasets import divide, format_of, open_samples, open_split_
 from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
+from nuciseg.engine.refinement import count_open_borders
 from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_labels, require_writable, write_bytes, write_labels_tiff, write_png
 from nuciseg.metrics import IOU_PERCENTS, ImageScores, Scores, score_image
@@ -82,6 +83,7 @@ class _Scored:
     index: int
     own: ImageScores
     baselines: Mapping[str, ImageScores]
+    num_open_borders: int
 
     @property
     def mean_ap(self) -> float:
@@ -187,7 +189,8 @@ def _score_all(
         instances = target.decode(found.maps_KHW)
         write_labels_tiff(_labels_file(labels_folder, found.id), instances.labels_HW)
         own = score_instances(target, found, instances, sample.labels_HW)
-        yield _Scored(found.index, own, _score_baselines(target, found.id, sample.image_HWC[..., 0], sample.labels_HW))
+        baselines = _score_baselines(target, found.id, sample.image_HWC[..., 0], sample.labels_HW)
+        yield _Scored(found.index, own, baselines, count_open_borders(target, found.maps_KHW))
 
 
 def _score_baselines(
@@ -214,7 +217,8 @@ def _draw_all(scored: list[_Scored], samples: CachedSamples, folder: Path) -> It
         write_png(folder / OVERLAYS_FOLDER / name, triptych(*pictures, failed=failed, cell_px=cell_px))
         if rank <= SHEET_IMAGES:
             panels.append(triptych(*pictures, failed=failed, cell_px=SHEET_CELL_PX))
-        yield {**image_row(each.own, predicted_HW.shape), "overlay": f"{OVERLAYS_FOLDER}/{name}"}
+        row = image_row(each.own, predicted_HW.shape)
+        yield {**row, "open_borders": each.num_open_borders, "overlay": f"{OVERLAYS_FOLDER}/{name}"}
     scores = Scores.total(each.own for each in scored)
     shown = f", the worst {SHEET_IMAGES} of {len(scored)}" if len(scored) > SHEET_IMAGES else ""
     title = f"{scores.clusters_separated} of {scores.clusters} clusters separated{shown}"

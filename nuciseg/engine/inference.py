@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from nuciseg.data.dataset import SampleStore, evaluation_batches, evaluation_images
 from nuciseg.engine.network import Network
+from nuciseg.engine.refinement import refined
 from nuciseg.metrics import ImageScores, score_image
 from nuciseg.targets import Target
 from nuciseg.types import Instances
@@ -46,9 +48,10 @@ def predict_probabilities(
     batches = evaluation_batches(indices, samples.shapes, EVALUATION_BATCH_SIZE)
     for batch_indices in batches[place.rank :: place.world_size]:
         images_BCHW = evaluation_images(samples, batch_indices, data.normalization, network.stride, data.marking)
-        probabilities_BKHW = _forward(network, images_BCHW)
-        for row, index in enumerate(batch_indices):
-            height, width = samples.shapes[index][:2]
+        shapes = [(samples.shapes[index][0], samples.shapes[index][1]) for index in batch_indices]
+        forward = partial(_forward, network)
+        probabilities_BKHW = refined(forward, images_BCHW, shapes, network.target, network.rounds)
+        for row, (index, (height, width)) in enumerate(zip(batch_indices, shapes, strict=True)):
             yield Probabilities(index, samples.ids[index], probabilities_BKHW[row, :, :height, :width])
 
 

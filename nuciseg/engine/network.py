@@ -25,6 +25,7 @@ class Network:
     config: Config
     precision: Precision
     in_channels: int
+    rounds: int = 0  # times that found borders are drawn on an image whose borders are open, and it is asked again
     num_views: int = 1  # turned and mirrored copies of an image whose probabilities are averaged
 
     @property
@@ -74,4 +75,5 @@ def load_network(folder: Path, device: torch.device, target: TargetConfig | None
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit the configuration beside them ({error})") from None
     network.model.eval()
-    return replace(network, num_views=config.inference.num_views), checkpoint
+    inference = config.inference
+    return replace(network, num_views=inference.num_views, rounds=inference.rounds), checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from nuciseg.engine.datasets import refuse_smaller_than
 from nuciseg.engine.inference import predict_instances
 from nuciseg.engine.network import Network
+from nuciseg.engine.refinement import count_open_borders
 from nuciseg.types import Instances, Sample
 
 
@@ -40,5 +41,5 @@ def predict_image(network: Network, image_HW: NDArray[np.generic], name: str) ->
     """
     image = OneImage(name, Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
     refuse_smaller_than(network.stride, image)
-    ((_, instances),) = predict_instances(network, image, [0])
-    return instances
+    ((found, instances),) = predict_instances(network, image, [0])
+    return replace(instances, num_open_borders=count_open_borders(network.target, found.maps_KHW))

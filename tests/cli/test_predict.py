@@ -40,16 +40,20 @@ def test_a_folder_of_images(tiny_run: Path, images: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     inputs = sorted(images.glob("*.png"))
-    *lines, summary = result.stdout.splitlines()
-    assert len(lines) == len(inputs) == 6
+    lines = result.stdout.splitlines()
+    flagged = [line for line in lines[:6] if line.endswith(" borders open: look at it")]
+    summary = lines[6]
+    assert len(inputs) == 6
+    doubts = [f"{len(flagged)} images have borders that do not close, flagged above: their nuclei may be cut wrongly"]
+    assert lines[7:] == (doubts if flagged else [])
     num_nuclei = 0
-    for path, line in zip(inputs, lines, strict=True):
+    for path, line in zip(inputs, lines[:6], strict=True):
         labels_HW = tifffile.imread(tmp_path / "out" / f"{path.stem}_masks.tif")
         image_HW = iio.imread(path)
         assert labels_HW.dtype == np.int32
         assert labels_HW.shape == image_HW.shape
         num_found = len(np.unique(labels_HW[labels_HW > 0]))
-        assert line == f"{path}: {num_found} nuclei"
+        assert line.partition(",")[0] == f"{path}: {num_found} nuclei"
         num_nuclei += num_found
         overlay = iio.imread(tmp_path / "out" / f"{path.stem}_overlay.png")
         assert overlay.shape[2] == 3
