@@ -1,13 +1,16 @@
-"""What the folder layouts share: which folder a split is, and which image belongs to which label file."""
+"""What the folder layouts share: which folder a split is, which image belongs to which label file and which field."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
+from nuciseg.data.synthetic import SPLITS, SplitName
 from nuciseg.errors import DataError
 
+GROUPS = "groups.csv"
 MAX_NAMED = 3  # names in a message; the rest are counted
 
 
@@ -34,6 +37,14 @@ def split_folder(root: Path, split: str, parts: Sequence[str]) -> Path:
         if not (folder / part).is_dir():
             raise DataError(f"The folder {folder / part} does not exist; put the files of '{part}' there.")
     return folder
+
+
+def splits_there(root: Path, parts: Sequence[str]) -> tuple[SplitName, ...]:
+    """The splits that have a folder of their own; a `root` that holds `parts` itself is the first other one."""
+    own = [split for split in SPLITS if (root / split).is_dir()]
+    if all((root / part).is_dir() for part in parts):
+        own += [split for split in SPLITS if split not in own][:1]
+    return tuple(split for split in SPLITS if split in own)
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -68,6 +79,15 @@ def pair_files(
     return [(stem, images[stem], labels[stem]) for stem in images]
 
 
+def groups_of(folder: Path, images: dict[str, Path]) -> dict[str, str]:
+    """The field that each image was cut from: what `folder/groups.csv` says, else `groups_of_duplicates`.
+
+    Raises `DataError` for a table that cannot be read, contradicts itself or leaves an image out.
+    """
+    table = folder / GROUPS
+    return _read_groups(table, images) if table.is_file() else groups_of_duplicates(images)
+
+
 def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
     """A group for each id: its own id, or the first id whose image file has the very same bytes."""
     first_by_digest: dict[bytes, str] = {}
@@ -75,3 +95,21 @@ def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
         id: first_by_digest.setdefault(blake2b(path.read_bytes(), digest_size=16).digest(), id)
         for id, path in images.items()
     }
+
+
+def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read as a CSV table ({error}); save it as UTF-8.") from error
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        id, group = row.get("id"), row.get("group")
+        if not id or not group:
+            raise DataError(f"{table} line {number} lacks an id or a group; the header is 'id,group'.")
+        if groups.setdefault(id, group) != group:
+            raise DataError(f"{table} puts '{id}' into both '{groups[id]}' and '{group}'; keep one of the lines.")
+    if missing := images.keys() - groups.keys():
+        raise DataError(f"{table} has no group for {listed(missing)}; add a line 'id,group' for each image.")
+    return groups
