@@ -205,6 +205,9 @@ def test_one_nucleus_that_would_read_back_as_two_is_noticed() -> None:
     dumbbell.labels_HW[dumbbell.labels_HW == 2] = 1  # 1 is both disks and a waist that the line fills
     dumbbell.labels_HW[dumbbell.labels_HW == 3] = 2
     assert left_out(dumbbell) == {LeftOut.NARROW: 1}
+    cv2.circle(dumbbell.labels_HW, (80, 50), 12, 0, -1)
+    cv2.circle(dumbbell.labels_HW, (68, 50), 2, 2, -1)  # the line hides it: two are read, but others
+    assert left_out(dumbbell) == {LeftOut.NARROW: 1}
     (pair,) = cut_field(disks(*PAIR), DRAWN).clusters
     assert reads_back(pair, 2)
     assert not reads_back(pair, 3), "one was lost when it was resized"
