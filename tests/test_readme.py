@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from nuciseg.__main__ import VERBS
 from nuciseg.config import known_keys
-from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
+from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,8 +72,8 @@ def example(verb: str) -> str:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
-    write_nucleus_folder(SyntheticConfig(num_train=12, num_test=3), folder / "clusters")
-    return Workplace(folder, folder / "clusters")
+    write_nucleus_folder(SyntheticConfig(num_train=12, num_test=3), folder / "drawn")
+    return Workplace(folder, folder / "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +88,12 @@ def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() ->
     assert first == "pip install -e . && python -m nuciseg.tune"
     assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
     verbs = {command.split()[2] for command in EXAMPLES}
-    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("explore", "tune", "train", "evaluate", "predict"))}
+    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in VERBS)}
 
 
 def test_the_verbs_are_listed(workplace: Workplace) -> None:
     listed = workplace.run("python -m nuciseg")
-    assert all(verb in listed for verb in ("explore", "tune", "train", "evaluate", "predict"))
+    assert all(f"nuciseg.{verb}" in listed for verb in VERBS)
 
 
 def test_explore(workplace: Workplace) -> None:
@@ -115,6 +116,13 @@ def test_predict(workplace: Workplace, checkpoint: Path) -> None:
     workplace.run(example("predict").replace("CHECKPOINT", str(checkpoint)).replace("IMAGE", str(image)))
     written = {path.suffix for path in (workplace.folder / "labels").rglob(f"{image.stem}*")}
     assert {".tif", ".png"} <= written
+
+
+def test_cut(workplace: Workplace) -> None:
+    write_labels_folder(SyntheticConfig(num_train=3, num_test=1), workplace.folder / "fields")
+    output = workplace.run(example("cut").replace("FIELDS", "fields"))
+    assert "python -m nuciseg.train --data.root clusters" in output
+    assert list((workplace.folder / "clusters" / "train").glob("*.png"))
 
 
 @pytest.mark.slow

@@ -64,8 +64,12 @@ def draw_cutout(
 ) -> Sample:
     """A picture as the data set has it: values of the type of `like`, 0 outside, the line in the highest value.
 
-    Where nothing has changed an old line stays as it is; elsewhere one is drawn along the edge of `labels_HW`.
+    Where nothing has changed an old line stays as it is; elsewhere one is drawn along the edge of `labels_HW`. Where
+    `like` has no line, as in a data set without markings, none is drawn.
     """
+    image_HWC = zeroed_outside(light_HWC, labels_HW, like.image_HWC.dtype)
+    if not drawn_line(like.image_HWC).any():
+        return Sample(image_HWC, labels_HW)
     line_HW = outer_border(labels_HW)
     if old_line_HW is not None and changed_HW is not None:
         # What was the line of an edge that now lies within the cluster is none any more.
@@ -73,11 +77,15 @@ def draw_cutout(
         kernel = np.ones((2 * REDRAWN_PX + 1, 2 * REDRAWN_PX + 1), np.uint8)
         anew_HW = np.asarray(cv2.dilate(changed_HW.astype(np.uint8), kernel)) > 0
         line_HW = np.where(anew_HW, line_HW, kept_line_HW)
-    highest = saturated_value(like.image_HWC)
-    image_HWC = np.clip(np.rint(light_HWC), 1, highest - 1).astype(like.image_HWC.dtype)
-    image_HWC[labels_HW == 0] = 0
-    image_HWC[line_HW & (labels_HW > 0)] = highest
+    image_HWC[line_HW & (labels_HW > 0)] = saturated_value(image_HWC)
     return Sample(image_HWC, labels_HW)
+
+
+def zeroed_outside(light_HWC: NDArray[np.float32], labels_HW: NDArray[np.int32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A picture of an integer type with 0 outside the nuclei and within them neither 0 nor the highest value."""
+    image_HWC = np.clip(np.rint(light_HWC), 1, np.iinfo(dtype).max - 1).astype(dtype)
+    image_HWC[labels_HW == 0] = 0
+    return np.asarray(image_HWC)
 
 
 def depth_px(mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:

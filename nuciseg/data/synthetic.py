@@ -304,10 +304,11 @@ def outer_border(labels_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 def solution_border(labels_HW: NDArray[np.int32]) -> NDArray[np.bool_]:
     """The complete border of every nucleus: the outer line, and the line between nuclei that touch."""
-    ids_HW = labels_HW.astype(np.uint8)
+    ids_HW = labels_HW.astype(np.uint16)
     kernel = np.ones((3, 3), np.uint8)
+    beyond_all = np.iinfo(np.uint16).max
     largest_HW = np.asarray(cv2.dilate(ids_HW, kernel))
-    smallest_HW = np.asarray(cv2.erode(np.where(ids_HW == 0, 255, ids_HW).astype(np.uint8), kernel))
+    smallest_HW = np.asarray(cv2.erode(np.where(ids_HW == 0, beyond_all, ids_HW).astype(np.uint16), kernel))
     return np.asarray(outer_border(labels_HW) | ((ids_HW > 0) & (largest_HW != smallest_HW)))
 
 
@@ -324,10 +325,13 @@ def num_samples(config: SyntheticConfig, split: SplitName) -> int:
 def write_nucleus_folder(config: SyntheticConfig, root: Path) -> None:
     """Draw `root/{train,test}/NAME.png` with `solutions/NAME.png`, the layout of the nucleus data set."""
     for split, name, seed in _planned(config):
-        sample = draw_cluster(config, seed)
-        write_png(root / split / f"{name}.png", sample.image_HWC[..., 0].astype(np.uint8))
-        border_HW = solution_border(sample.labels_HW).astype(np.uint8) * 255
-        write_png(root / split / "solutions" / f"{name}.png", border_HW)
+        write_nucleus_pair(root / split, name, draw_cluster(config, seed))
+
+
+def write_nucleus_pair(folder: Path, name: str, cluster: Sample) -> None:
+    """Write a cluster, uint8 with C = 1, as `NAME.png`, and the complete border of its nuclei in `solutions`."""
+    write_png(folder / f"{name}.png", cluster.image_HWC[..., 0].astype(np.uint8))
+    write_png(folder / "solutions" / f"{name}.png", solution_border(cluster.labels_HW).astype(np.uint8) * 255)
 
 
 def write_labels_folder(config: SyntheticConfig, root: Path, height: int = 256, width: int = 256) -> None:

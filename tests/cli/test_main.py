@@ -31,8 +31,7 @@ def test_the_verbs_are_listed_at_once(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"),
-    [("evalute", "did you mean 'evaluate'?"), ("xyz", "choose one of explore, tune, train, evaluate, predict")],
+    ("word", "hint"), [("evalute", "did you mean 'evaluate'?"), ("xyz", f"choose one of {', '.join(VERBS)}")]
 )
 def test_an_unknown_verb_gets_a_hint(word: str, hint: str) -> None:
     result = module(word)
@@ -66,7 +65,7 @@ def test_help_of_each_verb_shows_defaults(verb: str, capsys: pytest.CaptureFixtu
     assert "default: " in said
 
 
-@pytest.mark.parametrize("verb", ["explore", "evaluate", "predict"])
+@pytest.mark.parametrize("verb", ["explore", "evaluate", "predict", "cut"])
 def test_help_answers_before_torch_is_imported(verb: str) -> None:
     code = f"import sys; from nuciseg.{verb} import _parser; _parser().format_help(); print('torch' in sys.modules)"
     result = run(sys.executable, "-c", code)

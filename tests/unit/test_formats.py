@@ -15,6 +15,7 @@ import pytest
 import tifffile
 
 from nuciseg.data.formats import FormatName, detect_format, get_format, labels, nucleus, synthetic
+from nuciseg.data.formats.folders import splits_there
 from nuciseg.errors import ConfigError, DataError
 
 
@@ -126,6 +127,29 @@ def test_duplicate_images_share_a_group(nucleus_root: Path) -> None:
     (solution / "9_crop.png").write_bytes((solution / "1_crop.png").read_bytes())
     groups = {record.id: record.group for record in nucleus.read(nucleus_root, "train")}
     assert groups == {"0_crop": "0_crop", "1_crop": "1_crop", "2_crop": "2_crop", "9_crop": "1_crop"}
+
+
+def test_a_table_says_which_clusters_share_a_field(nucleus_root: Path) -> None:
+    table = nucleus_root / "train" / "groups.csv"
+    table.write_text("id,group\n0_crop,A\n1_crop,B\n2_crop,A\n")
+    assert [record.group for record in nucleus.read(nucleus_root, "train")] == ["A", "B", "A"]
+    table.write_text("id,group\n0_crop,A\n")
+    with pytest.raises(DataError, match=r"groups\.csv has no group for 1_crop, 2_crop"):
+        nucleus.read(nucleus_root, "train")
+
+
+def test_the_splits_of_a_folder(tmp_path: Path) -> None:
+    parts = ("images", "masks")
+    assert splits_there(tmp_path, parts) == ()
+    for part in parts:
+        (tmp_path / part).mkdir()
+    assert splits_there(tmp_path, parts) == ("train",)
+    (tmp_path / "train").mkdir()
+    assert splits_there(tmp_path, parts) == ("train", "test"), "the folder itself serves as the part that it lacks"
+    (tmp_path / "masks").rmdir()
+    assert splits_there(tmp_path, parts) == ("train",)
+    (tmp_path / "test").mkdir()
+    assert splits_there(tmp_path, parts) == ("train", "test")
 
 
 def test_hidden_and_foreign_files_are_left_out(nucleus_root: Path) -> None:

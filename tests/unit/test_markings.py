@@ -11,7 +11,9 @@ from scipy import ndimage
 
 from nuciseg.config import Config
 from nuciseg.data.dataset import evaluation_images
+from nuciseg.data.joining import join_clusters
 from nuciseg.data.markings import disturb_marking, erase_marking, shift_marking
+from nuciseg.data.notches import change_notches
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, outer_border, write_labels_folder
 from nuciseg.engine.datasets import open_training_set
 from nuciseg.engine.dependence import scores_by_marking
@@ -127,3 +129,17 @@ def test_whole_fields_have_no_marking(key: str, tmp_path: Path) -> None:
 def test_the_line_of_a_drawn_cluster_is_its_outer_border() -> None:
     sample = cluster(0)
     np.testing.assert_array_equal(sample.image_HWC[..., 0] == 255, outer_border(sample.labels_HW))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_augmentation_draws_no_line_on_clusters_that_have_none(seed: int) -> None:
+    first, second = (
+        Sample(erase_marking(sample.image_HWC), sample.labels_HW)
+        for sample in (cluster(2 * seed), cluster(2 * seed + 1))
+    )
+    rng = np.random.default_rng(seed)
+    joined = join_clusters(first, second, rng)
+    assert joined.labels_HW.max() > first.labels_HW.max()
+    for changed in (joined, change_notches(first, rng)):
+        assert changed.image_HWC.max() < 255
+        np.testing.assert_array_equal(changed.image_HWC[..., 0] > 0, changed.labels_HW > 0)

@@ -17,6 +17,7 @@ from nuciseg.data.synthetic import (
     cluster_seed,
     draw_cluster,
     draw_field,
+    solution_border,
     write_labels_folder,
     write_nucleus_folder,
 )
@@ -164,6 +165,14 @@ def test_a_nucleus_folder_is_read_back_with_the_same_nuclei(tmp_path: Path) -> N
             own = drawn.labels_HW == label
             there = read.labels_HW == np.bincount(read.labels_HW[own]).argmax()
             assert (own & there).sum() / (own | there).sum() > 0.9
+
+
+def test_the_border_between_any_number_of_nuclei() -> None:
+    """A tiling of 300 boxes, of which some have numbers that are equal in 8 bit."""
+    labels_HW = np.kron(np.arange(1, 301, dtype=np.int32).reshape(15, 20), np.ones((16, 16), np.int32))
+    inner_HW = ~solution_border(labels_HW)
+    assert num_regions(inner_HW) == 300
+    assert len(np.unique(labels_HW[inner_HW])) == 300
 
 
 def test_a_labels_folder_is_read_back_as_it_was_drawn(tmp_path: Path) -> None:

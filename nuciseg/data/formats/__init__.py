@@ -1,4 +1,4 @@
-"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `detect`, `read` and `load`.
+"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `PARTS`, `detect`, `read` and `load`.
 
 A new folder layout is one such module, named below in `FormatName` and `_FORMATS`. `synthetic` draws its samples from a
 configuration instead of a folder, so it is never detected and its `read` and `load` take that configuration.
@@ -24,6 +24,7 @@ class DataFormat(Protocol):
 
     NAME: str
     LAYOUT: str  # as the user sees it in a message
+    PARTS: tuple[str, ...]  # sub-folders that the folder of a split holds
 
     def detect(self, root: Path) -> bool: ...
 

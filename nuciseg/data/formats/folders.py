@@ -1,14 +1,17 @@
-"""What the folder layouts share: which folder a split is, and which image belongs to which label file."""
+"""What the folder layouts share: which folder a split is, which image belongs to which label file and which field."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from nuciseg.data.synthetic import SPLITS, SplitName
 from nuciseg.errors import DataError
 
+GROUPS = "groups.csv"
 MAX_NAMED = 3  # names in a message; the rest are counted
 
 
@@ -43,6 +46,14 @@ def split_folder(root: Path, split: str, parts: Sequence[str]) -> Path:
         if not (folder / part).is_dir():
             raise DataError(f"The folder {folder / part} does not exist; put the files of '{part}' there.")
     return folder
+
+
+def splits_there(root: Path, parts: Sequence[str]) -> tuple[SplitName, ...]:
+    """The splits that have a folder of their own; a `root` that holds `parts` itself is the first other one."""
+    own = [split for split in SPLITS if (root / split).is_dir()]
+    if all((root / part).is_dir() for part in parts):
+        own += [split for split in SPLITS if split not in own][:1]
+    return tuple(split for split in SPLITS if split in own)
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str], left_out: list[LeftOut] | None = None) -> dict[str, Path]:
@@ -101,6 +112,23 @@ def _refuse(message: str, files: Iterable[tuple[Path, str]], left_out: list[Left
     left_out += [LeftOut(path, reason) for path, reason in files]
 
 
+def groups_of(folder: Path, images: dict[str, Path], left_out: list[LeftOut] | None = None) -> dict[str, str]:
+    """The field that each image was cut from: what `folder/groups.csv` says, else `groups_of_duplicates`.
+
+    A table that cannot be read, contradicts itself or leaves an image out is added to `left_out`; without that list a
+    DataError is raised.
+    """
+    table = folder / GROUPS
+    if table.is_file():
+        try:
+            return _read_groups(table, images)
+        except DataError as error:
+            if left_out is None:
+                raise
+            left_out.append(LeftOut(table, str(error)))
+    return groups_of_duplicates(images)
+
+
 def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
     """A group for each id: its own id, or the first id whose image file has the very same bytes.
 
@@ -115,4 +143,22 @@ def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
             groups[id] = id
         else:
             groups[id] = first_by_digest.setdefault(digest, id)
+    return groups
+
+
+def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} cannot be read as a CSV table ({error}); save it as UTF-8.") from error
+    groups: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        id, group = row.get("id"), row.get("group")
+        if not id or not group:
+            raise DataError(f"{table} line {number} lacks an id or a group; the header is 'id,group'.")
+        if groups.setdefault(id, group) != group:
+            raise DataError(f"{table} puts '{id}' into both '{groups[id]}' and '{group}'; keep one of the lines.")
+    if missing := images.keys() - groups.keys():
+        raise DataError(f"{table} has no group for {listed(missing)}; add a line 'id,group' for each image.")
     return groups

@@ -8,12 +8,11 @@ two folders says which images were cut from one field; images of one group never
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
-from nuciseg.data.formats.folders import LeftOut, groups_of_duplicates, listed, pair_files, split_folder
+from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image, read_labels
 from nuciseg.labels import relabel
@@ -22,7 +21,8 @@ from nuciseg.types import Record, Sample
 NAME = "labels"
 LAYOUT = "train/images/STEM.tif with train/masks/STEM.tif (or .tiff, .png)"
 
-IMAGES, MASKS, GROUPS = "images", "masks", "groups.csv"
+IMAGES, MASKS = "images", "masks"
+PARTS: tuple[str, ...] = (IMAGES, MASKS)
 SUFFIXES = (".tif", ".tiff", ".png")
 
 
@@ -39,18 +39,9 @@ def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[
     same bytes share one. Raises `DataError` for a missing or empty folder and, without a list `left_out` to note them
     in, for unpaired files and a bad `groups.csv`.
     """
-    folder = split_folder(Path(root), split, (IMAGES, MASKS))
+    folder = split_folder(Path(root), split, PARTS)
     pairs = pair_files(folder / IMAGES, folder / MASKS, SUFFIXES, "label image", left_out)
-    images = {id: image for id, image, _ in pairs}
-    table = folder / GROUPS
-    groups = groups_of_duplicates(images)
-    if table.is_file():
-        try:
-            groups = _read_groups(table, images)
-        except DataError as error:
-            if left_out is None:
-                raise
-            left_out.append(LeftOut(table, str(error)))
+    groups = groups_of(folder, {id: image for id, image, _ in pairs}, left_out)
     return [Record(id, image, (mask,), groups[id]) for id, image, mask in pairs]
 
 
@@ -69,21 +60,3 @@ def load(record: Record) -> Sample:
             f"image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
         )
     return Sample(image_HW[..., None], np.maximum(relabel(labels_HW), -1))
-
-
-def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} cannot be read as a CSV table ({error}); save it as UTF-8.") from error
-    groups: dict[str, str] = {}
-    for number, row in enumerate(rows, start=2):
-        id, group = row.get("id"), row.get("group")
-        if not id or not group:
-            raise DataError(f"{table} line {number} lacks an id or a group; the header is 'id,group'.")
-        if groups.setdefault(id, group) != group:
-            raise DataError(f"{table} puts '{id}' into both '{groups[id]}' and '{group}'; keep one of the lines.")
-    if missing := images.keys() - groups.keys():
-        raise DataError(f"{table} has no group for {listed(missing)}; add a line 'id,group' for each image.")
-    return groups

@@ -2,7 +2,9 @@
 
 `ROOT/{train,test}/X.png` beside `ROOT/{train,test}/solutions/X.png`, or ROOT itself being one such folder. Images are
 8- or 16-bit grey: 0 outside the cluster, the cluster's outer border drawn in the highest value (255 or 65535).
-Solutions are 8-bit and of the same size, 255 on the complete border of every nucleus and 0 elsewhere.
+Images without that line are read as well. Solutions are 8-bit and of the same size, 255 on the complete border of every
+nucleus and 0 elsewhere. A file `groups.csv` (columns `id,group`) beside the images may say which of them were cut from
+one field.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nuciseg.data.formats.folders import LeftOut, groups_of_duplicates, pair_files, split_folder
+from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image
 from nuciseg.labels import enclosed_regions, regrow, relabel
@@ -23,6 +25,7 @@ NAME = "nucleus"
 LAYOUT = "train/X.png beside train/solutions/X.png"
 
 SOLUTIONS = "solutions"
+PARTS: tuple[str, ...] = (SOLUTIONS,)
 BORDER_THRESHOLD = 127  # of 255: halfway
 # A region of fewer pixels is a speck between drawn lines. The smallest nucleus of gnovis/nucleus has 561 pixels.
 MIN_NUCLEUS_AREA_PX = 20
@@ -38,13 +41,13 @@ def detect(root: Path) -> bool:
 def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]:
     """The records of a split, sorted by id.
 
-    File names of this data set say nothing about the field a crop was cut from, so each image is its own group; only
-    images with the same bytes share one. Raises `DataError` for a missing or empty folder and, without a list
-    `left_out` to note them in, for unpaired files.
+    The group is what `groups.csv` says. File names of gnovis/nucleus say nothing about the field a crop was cut from,
+    so without that file each image is its own group; only images with the same bytes share one. Raises `DataError` for
+    a missing or empty folder and, without a list `left_out` to note them in, for unpaired files and a bad `groups.csv`.
     """
-    folder = split_folder(Path(root), split, (SOLUTIONS,))
+    folder = split_folder(Path(root), split, PARTS)
     pairs = pair_files(folder, folder / SOLUTIONS, (".png",), "solution", left_out)
-    groups = groups_of_duplicates({id: image for id, image, _ in pairs})
+    groups = groups_of(folder, {id: image for id, image, _ in pairs}, left_out)
     return [Record(id, image, (solution,), groups[id]) for id, image, solution in pairs]
 
 
