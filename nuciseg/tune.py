@@ -14,7 +14,7 @@ from nuciseg.cli import Parser, run_verb
 
 if TYPE_CHECKING:
     from nuciseg.config import Config
-    from nuciseg.distributed.search import Trial
+    from nuciseg.distributed.trials import Trial
 
 # What a search without --config does: a small network, so that two CPU cores end in about five minutes.
 DEFAULT_SEARCH: dict[str, Any] = {
@@ -91,7 +91,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nuciseg.distributed.space import describe
+    from nuciseg.distributed.trials import describe
 
     table = Table(title=f"{len(trials)} trials, ranked by validation {config.train.metric}")
     for heading in ("rank", "trial", "score", "mean AP", "epochs", "s"):

@@ -14,7 +14,7 @@ from small_runs import SMALL, last_checkpoint, logged_epochs, run, small_config
 from nuciseg.config import load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.distributed.final import train_final
-from nuciseg.distributed.search import Trial
+from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import FINISHED_FILE
 from nuciseg.errors import DataError, ResourceError
 from nuciseg.tracking import read_identity

@@ -18,7 +18,8 @@ from small_runs import figures, last_checkpoint, logged_epochs, small_config, wa
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
-from nuciseg.distributed.search import RESULTS_FILE, Trial, resume_search, start_search, winner
+from nuciseg.distributed.search import resume_search, start_search, winner
+from nuciseg.distributed.trials import RESULTS_FILE, Trial
 from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS
 from nuciseg.errors import DataError
