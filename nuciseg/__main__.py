@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one network on any number of workers",
     "evaluate": "score a network beside trivial baselines, with a picture of each image, worst first",
     "predict": "write a label image and a picture with outlined nuclei for each image",
+    "report": "write a page of runs and searches: ranked, compared, with curves and pictures",
 }
 
 
