@@ -5,6 +5,7 @@ With nothing else it draws synthetic clusters and searches a small U-Net on them
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,8 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     print(f"{what}: {best_dir / CONFIG_FILE}")
     print(f"best checkpoint: {CheckpointStore(best_dir).best}")
     print(f"trials: {describe_run(folder)}")
-    print(f"winner: {describe_run(best_dir)}", flush=True)
+    print(f"winner: {describe_run(best_dir)}")
+    print(f"a page of all this: python -m nuciseg.report {shlex.quote(str(folder))}", flush=True)
     if final:  # last: all else is found by now, should the evaluation fail
         result = evaluate_final(best_dir, best)
         print_result(result)

@@ -87,12 +87,12 @@ def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() ->
     assert first == "pip install -e . && python -m nuciseg.tune"
     assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
     verbs = {command.split()[2] for command in EXAMPLES}
-    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("tune", "train", "evaluate", "predict"))}
+    assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in ("tune", "train", "evaluate", "predict", "report"))}
 
 
 def test_the_verbs_are_listed(workplace: Workplace) -> None:
     listed = workplace.run("python -m nuciseg")
-    assert all(verb in listed for verb in ("tune", "train", "evaluate", "predict"))
+    assert all(verb in listed for verb in ("tune", "train", "evaluate", "predict", "report"))
 
 
 def test_train(checkpoint: Path) -> None:
@@ -110,6 +110,12 @@ def test_predict(workplace: Workplace, checkpoint: Path) -> None:
     workplace.run(example("predict").replace("CHECKPOINT", str(checkpoint)).replace("IMAGE", str(image)))
     written = {path.suffix for path in (workplace.folder / "labels").rglob(f"{image.stem}*")}
     assert {".tif", ".png"} <= written
+
+
+def test_report(workplace: Workplace, checkpoint: Path) -> None:
+    run_dir = checkpoint.parent.parent
+    workplace.run(re.sub(r"\bRUN\b", str(run_dir), example("report")))
+    assert (run_dir / "report.html").exists()
 
 
 @pytest.mark.slow

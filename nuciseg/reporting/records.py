@@ -155,8 +155,13 @@ def _read_evaluations(folder: Path) -> list[EvaluationRecord]:
     for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
         figures = _read_json(path, "split", "split_hash", "data", "clusters_separated", "baselines")
         assert figures is not None  # it was just listed
-        with (path.parent / IMAGES_FILE).open(encoding="utf-8", newline="") as file:
-            found.append(EvaluationRecord(path.parent, figures, tuple(csv.DictReader(file))))
+        images = path.with_name(IMAGES_FILE)
+        try:
+            with images.open(encoding="utf-8", newline="") as file:
+                rows = tuple(csv.DictReader(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{images} cannot be read ({error}); evaluate the run again") from None
+        found.append(EvaluationRecord(path.parent, figures, rows))
     return sorted(found, key=lambda each: each.split != "test")
 
 
@@ -191,7 +196,8 @@ def _read_results(path: Path) -> dict[str, Trial]:
 
 def _read_trial(folder: Path, search: Config, result: Trial | None) -> TrialRecord:
     """A trial as the search ranked it or, where that is not yet done or no longer true, as its folder tells it."""
-    run = _read_run(folder) if (folder / SPLIT_FILE).exists() and (folder / CONFIG_FILE).exists() else None
+    has_run = (folder / SPLIT_FILE).exists() and (folder / CONFIG_FILE).exists()
+    run = _read_run(folder, f"{folder.resolve().parent.name}/{folder.name}") if has_run else None
     history = run.history if run is not None else ()
     if result is not None and len(history) <= result.epochs:
         return TrialRecord(result, run)
