@@ -122,6 +122,8 @@ def _data_uri(media_type: str, data: bytes) -> str:
 
 
 def _is_number(cell: str) -> bool:
+    if "_" in cell:  # Python reads 12345_00000 as a number, but it is the name of a trial
+        return False
     try:
         float(cell.replace("%", "").replace(",", "").replace("−", "-").strip() or "0")
     except ValueError:

@@ -12,6 +12,7 @@ from nuciseg.reporting.records import EvaluationRecord, RunRecord, SearchRecord
 
 SHARED_METRIC = "cluster_score"  # where runs were ranked by different scores
 TABLE_METRICS = ("cluster_score", "ap50_per_image", "ap_mean_per_image", "border_dice")
+OF_BORDER = ("border_iou", "border_dice")  # of the border that the run's own target draws
 NO_SETTINGS = ("run", "tracking", "search", "scale", "data.cache_dir", "data.num_loader_threads")
 
 
@@ -57,10 +58,13 @@ def _representative(subject: RunRecord | SearchRecord) -> RunRecord | None:
 
 
 def _validation_blocks(split: str, runs: Sequence[RunRecord]) -> list[Block]:
+    borders = {(run.config.target.kind, run.config.target.width_px) for run in runs}
     metrics = {run.config.train.metric for run in runs}
     metric = metrics.pop() if len(metrics) == 1 else SHARED_METRIC
+    if metric in OF_BORDER and len(borders) > 1:
+        metric = SHARED_METRIC
     ranked = sorted(runs, key=lambda run: -1.0 if run.scores is None else float(run.scores[metric]), reverse=True)
-    columns = tuple(dict.fromkeys((metric, *TABLE_METRICS)))
+    columns = [name for name in dict.fromkeys((metric, *TABLE_METRICS)) if len(borders) == 1 or name not in OF_BORDER]
     rows = [
         (
             run.name,
@@ -73,7 +77,7 @@ def _validation_blocks(split: str, runs: Sequence[RunRecord]) -> list[Block]:
     table = Table(
         ("run", "state", "epochs", *columns),
         rows,
-        f"best checkpoint of each, calibrated where it was, on the validation images of split {split}",
+        f"best checkpoint of each, calibrated where it was, validation images of split {split}",
     )
     curves = [Curve(run.history, run.name, *_look(at)) for at, run in enumerate(ranked) if run.history]
     figures = [

@@ -13,7 +13,8 @@ NUM_PICTURES = 6  # of the worst, and of the best
 NUM_HARD = 12
 PICTURE_SCALE = 0.5  # a triptych of `evaluate` is about 960 px wide
 SHARES = ("ap_mean_per_image", "mean_matched_iou", "border_dice")
-COLUMNS = ("", "clusters separated", "AP .5 per image", "mean AP per image", "matched IoU", "border Dice")
+BORDER = "border Dice"
+COLUMNS = ("", "clusters separated", "AP .5 per image", "mean AP per image", "matched IoU", BORDER)
 
 
 def evaluation_blocks(run: RunRecord) -> list[Block]:
@@ -33,11 +34,19 @@ def evaluation_blocks(run: RunRecord) -> list[Block]:
 
 
 def evaluation_table(evaluations: Mapping[str, EvaluationRecord]) -> Table:
-    """One row a network, by its name, then the baselines; `evaluations` are of the same images."""
+    """One row a network, by its name, then the baselines; `evaluations` are of the same images.
+
+    The border is what the network's own target draws: with several targets its scores cannot be compared.
+    """
     first = next(iter(evaluations.values()))
+    drawn = [each.figures["target"] for each in evaluations.values()]
+    targets = {(target["kind"], target.get("width_px")) for target in drawn}
     rows = [_figures(name, each.figures) for name, each in evaluations.items()]
     rows += [_figures(name.replace("_", " "), figures) for name, figures in first.figures["baselines"].items()]
-    return Table(COLUMNS, rows, f"{first.figures['images']} {first.split} images, beside what no network would score")
+    caption = f"{first.figures['images']} {first.split} images, beside what no network would score"
+    if len(targets) > 1:
+        return Table(COLUMNS[:-1], [row[:-1] for row in rows], f"{caption}; {BORDER} left out: they draw other borders")
+    return Table(COLUMNS, rows, caption)
 
 
 def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
@@ -47,7 +56,10 @@ def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
         for row in run.images:
             seen.setdefault(str(row["id"]), []).append(row)
     num_wrong = {id: sum(not row["separated"] for row in rows) for id, rows in seen.items()}
-    hard = sorted((id for id in seen if num_wrong[id]), key=lambda id: (-num_wrong[id] / len(seen[id]), id))
+    mean_ap = {id: sum(float(row["ap50"]) for row in rows) / len(rows) for id, rows in seen.items()}
+    hard = sorted(
+        (id for id in seen if num_wrong[id]), key=lambda id: (-num_wrong[id] / len(seen[id]), mean_ap[id], id)
+    )
     if not seen:
         return []
     if not hard:
@@ -55,16 +67,19 @@ def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
     rows = [
         (
             id,
-            f"{num_wrong[id]} of {len(seen[id])}",
             str(seen[id][0]["nuclei_true"]),
             _range(row["nuclei_found"] for row in seen[id]),
-            f"{sum(float(row['ap50']) for row in seen[id]) / len(seen[id]):.3f}",
+            f"{mean_ap[id]:.3f}",
+            f"{num_wrong[id]} of {len(seen[id])}",
         )
         for id in hard[:NUM_HARD]
     ]
     shown = f"the hardest {NUM_HARD} of {len(hard)} clusters" if len(hard) > NUM_HARD else f"{len(hard)} clusters"
-    caption = f"{shown} that were not separated, of {len(seen)}: each run's best epoch"
-    return [Table(("validation image", "not separated by", "nuclei", "found", "mean AP .5"), rows, caption)]
+    caption = f"{shown} that were not separated, of {len(seen)}, at the best epoch"
+    columns = ("validation image", "nuclei", "found", "AP .5", "not separated by")
+    if max(map(len, seen.values())) == 1:  # of one run there is nothing to count
+        return [Table(columns[:-1], [row[:-1] for row in rows], caption)]
+    return [Table(columns, rows, f"{caption} of each trial")]
 
 
 def _figures(name: str, figures: Row) -> tuple[str, ...]:
