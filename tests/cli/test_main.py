@@ -31,7 +31,8 @@ def test_the_verbs_are_listed_at_once(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("evalute", "did you mean 'evaluate'?"), ("xyz", "choose one of tune, train, evaluate, predict")]
+    ("word", "hint"),
+    [("evalute", "did you mean 'evaluate'?"), ("xyz", "choose one of tune, train, evaluate, predict, report")],
 )
 def test_an_unknown_verb_gets_a_hint(word: str, hint: str) -> None:
     result = module(word)

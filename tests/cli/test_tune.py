@@ -139,6 +139,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert f"best checkpoint: {folder / 'final' / 'checkpoints'}" in said
     assert "winner: W&B offline run, to upload it: wandb sync " in said
+    assert f"a page of all this: python -m nuciseg.report {folder}" in said
     [line] = [line for line in said.splitlines() if line.startswith("whole configuration: ")]
     assert load_config(Path(line.removeprefix("whole configuration: "))) == config.replaced({"optim.lr": 0.05})
 

@@ -98,6 +98,14 @@ def test_a_search_without_a_trial_is_a_page_too(tmp_path: Path) -> None:
     assert list(chapters(page(folder))) == ["At a glance"]
 
 
+def test_the_winners_final_run_stands_for_the_search(search: Path, tmp_path: Path) -> None:
+    write_run(search / "final", [3, 9])
+    text = page(search)
+    assert f"python -m nuciseg.evaluate --checkpoint {search / 'final'}" in chapters(text)["Best and worst clusters"]
+    compared = chapters(page(search, write_run(tmp_path / "run", [3, 6])))["Compared on validation images"]
+    assert [row[0] for row in cells(compared)] == ["search/final", "run"]
+
+
 def test_a_search_in_which_every_trial_failed_is_a_page_too(tmp_path: Path) -> None:
     folder = write_search(tmp_path / "search", search_config(SPACE), [], ranked=False)
     write_json(SAMPLES[0], folder / "trial00" / SAMPLE_FILE)
