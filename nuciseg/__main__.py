@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "score a network beside trivial baselines, with a picture of each image, worst first",
     "predict": "write a label image and a picture with outlined nuclei for each image",
     "cut": "cut clusters of touching nuclei out of labelled fields, as a data set to train on",
+    "report": "write a page of runs and searches: ranked, compared, with curves and pictures",
 }
 
 

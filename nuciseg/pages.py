@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from nuciseg import __version__
+from nuciseg.errors import DataError
 from nuciseg.images import write_bytes
 
 if TYPE_CHECKING:
@@ -98,6 +99,16 @@ def photograph(rgb_HWC: NDArray[np.uint8], caption: str, scale: float = 1.0) -> 
     return Picture(_data_uri("image/png", data), caption, round(rgb_HWC.shape[1] * scale))
 
 
+def picture_file(path: Path, caption: str, scale: float = 1.0) -> Picture:
+    """The PNG file at `path` as it is, shown `scale` times as wide. Raises DataError where it is none."""
+    try:
+        data = path.read_bytes()
+        width_px = iio.improps(data, extension=".png", plugin="pillow").shape[1]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as a PNG picture ({error}); make it again") from None
+    return Picture(_data_uri("image/png", data), caption, round(width_px * scale))
+
+
 def write_page(path: Path, title: str, chapters: Sequence[Chapter]) -> None:
     """Write the page, whole or not at all. Raises ResourceError where it cannot be written."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -111,6 +122,8 @@ def _data_uri(media_type: str, data: bytes) -> str:
 
 
 def _is_number(cell: str) -> bool:
+    if "_" in cell:  # Python reads 12345_00000 as a number, but it is the name of a trial
+        return False
     try:
         float(cell.replace("%", "").replace(",", "").replace("−", "-").strip() or "0")
     except ValueError:

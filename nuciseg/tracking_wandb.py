@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nuciseg.errors import ConfigError
+from nuciseg.errors import ConfigError, ResourceError
 
 Mode = Literal["online", "offline"]
 
@@ -126,6 +126,23 @@ def _reachable(url: str) -> bool:
     return answered.is_set()
 
 
+def require_account() -> str:
+    """The W&B user or team that the key belongs to. Raises ConfigError without one, ResourceError without a server."""
+    wandb = import_wandb(verbose=False)
+    if configured_mode(verbose=False) != "online":
+        raise ConfigError("W&B is offline or has no key here: run `wandb login` or set WANDB_API_KEY")
+    base_url = wandb.setup().settings.base_url
+    if not _reachable(base_url):
+        raise ResourceError(f"W&B at {base_url} does not answer; try again where there is a network")
+    try:
+        entity = wandb.Api().default_entity
+    except failures(wandb) as error:
+        raise ConfigError(f"W&B at {base_url} refuses the key ({error}): run `wandb login --relogin`") from None
+    if not entity:
+        raise ConfigError(f"W&B at {base_url} names no user or team for this key; give one with --entity")
+    return str(entity)
+
+
 class WandbRun:
     """One run. Every call to wandb that fails is told once as a warning; training goes on."""
 
@@ -156,7 +173,7 @@ class WandbRun:
                 yield
         except TimeoutError:
             raise  # `finish` says what to do then
-        except _failures(self._wandb) as error:
+        except failures(self._wandb) as error:
             if not self._warned:
                 self._warned = True
                 log.warning(
@@ -223,8 +240,9 @@ class WandbRun:
                 self._wandb.teardown()
 
 
-def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
+def failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
     """What wandb raises when its service, its server or its folder fails."""
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
     from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
     from wandb.sdk.mailbox.mailbox import MailboxClosedError
     from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
@@ -235,6 +253,7 @@ def _failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
         HandleAbandonedError,
         ServerResponseError,
         WandbServiceConnectionError,
+        WandbApiFailedError,
         OSError,
     )
 
@@ -279,11 +298,11 @@ def open_run(
     if mode == "online" and not _reachable(base_url):
         log.warning("W&B at %s does not answer: the run is kept offline in %s", base_url, folder)
         mode = "offline"
-    failures: tuple[type[Exception], ...] = (*_failures(wandb), OSError)
+    refusals = failures(wandb)
     try:
         with _wandb_files_in(folder):
             return start(mode)
-    except failures as error:
+    except refusals as error:
         reason = str(error).splitlines()[0]
     if mode == "online":
         log.warning("W&B at %s refused the run (%s): it is kept offline in %s", base_url, reason, folder)
@@ -291,7 +310,7 @@ def open_run(
         try:
             with _wandb_files_in(folder):
                 return start("offline")
-        except failures as error:
+        except refusals as error:
             reason = str(error).splitlines()[0]
     log.warning("W&B did not start (%s): training goes on, metrics.jsonl has it all", reason)
     return None

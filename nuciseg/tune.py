@@ -7,6 +7,7 @@ them, it makes one search after the other; interrupted, it goes on with --resume
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pydantic_settings import CliSettingsSource
 
     from nuciseg.config import Config
-    from nuciseg.distributed.search import Trial
+    from nuciseg.distributed.trials import Trial
 
 # What a search without --config does: a small network, so that two CPU cores end in about five minutes.
 DEFAULT_SEARCH: dict[str, Any] = {
@@ -179,7 +180,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nuciseg.distributed.space import describe
+    from nuciseg.distributed.trials import describe
 
     table = Table(title=f"{len(trials)} trials, ranked by validation {config.train.metric}")
     for heading in ("rank", "trial", "score", "mean AP", "epochs", "s"):
@@ -225,7 +226,8 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     print(f"{what}: {best_dir / CONFIG_FILE}")
     print(f"best checkpoint: {CheckpointStore(best_dir).best}")
     print(f"trials: {describe_run(folder)}")
-    print(f"winner: {describe_run(best_dir)}", flush=True)
+    print(f"winner: {describe_run(best_dir)}")
+    print(f"a page of all this: python -m nuciseg.report {shlex.quote(str(folder))}", flush=True)
     if final:  # last: all else is found by now, should the evaluation fail
         result = evaluate_final(best_dir, best)
         print_result(result)

@@ -125,6 +125,12 @@ def test_cut(workplace: Workplace) -> None:
     assert list((workplace.folder / "clusters" / "train").glob("*.png"))
 
 
+def test_report(workplace: Workplace, checkpoint: Path) -> None:
+    run_dir = checkpoint.parent.parent
+    workplace.run(re.sub(r"\bRUN\b", str(run_dir), example("report")))
+    assert (run_dir / "report.html").exists()
+
+
 @pytest.mark.slow
 def test_tune_on_own_images(workplace: Workplace) -> None:
     output = workplace.run(f"{example('tune').replace('DIR', str(workplace.data_root))} {SHORT_SEARCH}")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nuciseg.config import Config
 from nuciseg.distributed.failures import noted_failure
-from nuciseg.distributed.space import describe
+from nuciseg.distributed.trials import describe
 from nuciseg.tracking import METRICS_FILE, read_metrics
 
 POLL_S = 0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +26,9 @@ from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
-from nuciseg.distributed.space import build_space, configure, describe, plain_values
+from nuciseg.distributed.space import build_space, configure
 from nuciseg.distributed.training import fit_workers, reported
+from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, describe, plain_values
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.datasets import check_data
@@ -38,8 +38,6 @@ from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
 
-RESULTS_FILE = "results.json"
-SAMPLE_FILE = "sample.json"
 _OPTUNA_LACKS = ("randn", "qrandn", "qloguniform", "qlograndint")  # Ray's link to it fails, or drops the step
 
 
@@ -51,29 +49,6 @@ class Plan:
     folder: Path
     need: Need
     verbose: bool
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What became of one trial. `failure` is None unless it failed; without an epoch there are no scores."""
-
-    id: str
-    sample: Mapping[str, Any]
-    score: float | None
-    tie_break: float | None
-    epochs: int
-    seconds: float
-    failure: str | None
-
-    @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Greater is better; what failed comes last."""
-        lowest = -math.inf
-        return (
-            self.failure is None,
-            lowest if self.score is None else self.score,
-            lowest if self.tie_break is None else self.tie_break,
-        )
 
 
 def check_search(config: Config, *, verbose: bool) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from ray import tune
 
 from nuciseg.config import Config, known_keys, nearest_key
+from nuciseg.distributed.trials import as_text, plain_values
 from nuciseg.errors import ConfigError
 
 _SAMPLERS = (
@@ -55,7 +55,6 @@ _NOT_SEARCHED = {
         "trials are compared on the same images, so set it in the base configuration",
     ),
 }
-_SECTION_MARK = "section:"  # a choice between sections travels as text: samplers keep only plain values
 
 
 def build_space(config: Config) -> dict[str, Any]:
@@ -74,11 +73,6 @@ def build_space(config: Config) -> dict[str, Any]:
 def configure(base: Config, sample: Mapping[str, Any]) -> Config:
     """The whole validated configuration of one trial. Raises ConfigError that names the sample's key."""
     return base.replaced(plain_values(sample))
-
-
-def plain_values(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """The drawn values as they stand in a configuration file, sections as mappings."""
-    return {key: _value(drawn) for key, drawn in sample.items()}
 
 
 def variants(config: Config, section: str) -> list[Config]:
@@ -112,17 +106,6 @@ def num_trials(config: Config) -> int:
     return math.prod(gridded) * (1 if config.search.sampler == "grid" else config.search.num_trials)
 
 
-def describe(sample: Mapping[str, Any]) -> str:
-    """What differs between trials, for names and tables: `lr=0.001 batch_size=8`."""
-    parts = []
-    for key, value in plain_values(sample).items():
-        if isinstance(value, Mapping):
-            value = "/".join(str(part) for part in value.values())
-        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
-        parts.append(f"{key.rsplit('.', 1)[-1]}={shown}")
-    return " ".join(parts)
-
-
 def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
     if key not in set(known_keys()):
         raise ConfigError(f"search.space: unknown key {key!r}{nearest_key(key)}")
@@ -139,7 +122,7 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
             raise ConfigError(f"search.space.{key}: {name} takes a list of values, found {arguments!r}")
         for value in arguments:
             _check(config, key, value)
-        return getattr(tune, name)([_plain(value) for value in arguments])
+        return getattr(tune, name)([as_text(value) for value in arguments])
     if not isinstance(arguments, list):
         raise ConfigError(f"search.space.{key}: {name} takes a list of arguments, found {arguments!r}")
     if name in _WITH_BOUNDS:
@@ -203,13 +186,3 @@ def _ends(name: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> Any:
-    return _SECTION_MARK + json.dumps(value) if isinstance(value, (dict, list)) else value
-
-
-def _value(drawn: Any) -> Any:
-    if isinstance(drawn, str) and drawn.startswith(_SECTION_MARK):
-        return json.loads(drawn[len(_SECTION_MARK) :])
-    return drawn.item() if hasattr(drawn, "item") else drawn

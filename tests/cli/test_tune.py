@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from small_runs import SMALL, last_checkpoint, logged_epochs, run, small_config
 from nuciseg.config import load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.distributed.final import train_final
-from nuciseg.distributed.search import Trial
+from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import FINISHED_FILE
 from nuciseg.errors import DataError, ResourceError
+from nuciseg.report import main as report
 from nuciseg.tracking import read_identity
 from nuciseg.tune import _print_conclusion
 
@@ -68,6 +70,16 @@ def test_the_trials_are_ranked_and_the_failed_ones_told_with_their_reason(search
     assert "1 of 3 trials failed:" in said
     [reason] = [line for line in said.splitlines() if line.startswith(f"  {trials[2]['id']}: ")]
     assert " is not finite in step " in reason
+
+
+def test_a_page_of_the_search_shows_its_trials_and_why_one_failed(searched: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = searched
+    trials = json.loads((folder / "runs" / "a" / "results.json").read_text())
+    report([str(folder / "runs" / "a"), "--out", str(tmp_path / "page.html")])
+    page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert all(f'<td class="word">{trial["id"]}</td>' in page for trial in trials)
+    assert f"Trial {trials[2]['id']} failed before its first epoch was over: {trials[2]['failure']}" in page
+    assert "2 ran to the end, 0 were stopped early, 1 failed" in page
 
 
 def test_the_best_configuration_its_checkpoint_and_its_figures_can_be_found(searched: tuple[Path, str]) -> None:
@@ -127,6 +139,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert f"best checkpoint: {folder / 'final' / 'checkpoints'}" in said
     assert "winner: W&B offline run, to upload it: wandb sync " in said
+    assert f"a page of all this: python -m nuciseg.report {folder}" in said
     [line] = [line for line in said.splitlines() if line.startswith("whole configuration: ")]
     assert load_config(Path(line.removeprefix("whole configuration: "))) == config.replaced({"optim.lr": 0.05})
 

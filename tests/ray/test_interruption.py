@@ -21,7 +21,7 @@ from wandb_offline import read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
 from nuciseg.config import merged
-from nuciseg.distributed.search import RESULTS_FILE
+from nuciseg.distributed.trials import RESULTS_FILE
 from nuciseg.distributed.worker import FINISHED_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -18,10 +18,12 @@ from small_runs import figures, last_checkpoint, logged_epochs, small_config, wa
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
-from nuciseg.distributed.search import RESULTS_FILE, Trial, resume_search, start_search, winner
+from nuciseg.distributed.search import resume_search, start_search, winner
+from nuciseg.distributed.trials import RESULTS_FILE, Trial
 from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS
 from nuciseg.errors import DataError
+from nuciseg.reporting.records import SearchRecord, read_folder
 
 # At the first learning rate the network finds borders within an epoch, at the others its weights stay as drawn.
 LEARNS, STAYS = 0.05, [1e-9, 1e-8, 1e-7]
@@ -116,6 +118,16 @@ def test_trials_are_ranked_by_the_chosen_score(stopped_by_asha: Searched) -> Non
     assert best == config.replaced({"optim.lr": LEARNS})
     written = json.loads((folder / RESULTS_FILE).read_text())
     assert [row["id"] for row in written] == [trial.id for trial in trials]
+
+
+def test_a_page_is_made_of_what_the_search_left(stopped_by_asha: Searched) -> None:
+    folder, _, trials, _ = stopped_by_asha
+    found = read_folder(folder)
+    assert isinstance(found, SearchRecord)
+    assert found.is_finished
+    assert [each.trial for each in found.trials] == trials
+    assert [each.state for each in found.trials] == ["done", *["stopped"] * len(STAYS)]
+    assert [len(each.history) for each in found.trials] == [trial.epochs for trial in trials]
 
 
 def test_the_scheduler_hears_of_every_epoch(stopped_by_asha: Searched) -> None:

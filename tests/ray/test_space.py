@@ -11,7 +11,8 @@ from ray.tune.search.sample import Domain
 
 from nuciseg.config import Config
 from nuciseg.distributed.search import _search_space, _within_bounds, check_search
-from nuciseg.distributed.space import build_space, configure, describe, num_trials, plain_values, variants
+from nuciseg.distributed.space import build_space, configure, num_trials, variants
+from nuciseg.distributed.trials import describe, plain_values
 from nuciseg.errors import ConfigError
 
 LR = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}

@@ -19,7 +19,7 @@ from small_runs import QUICK_TO_LEARN
 from wandb_offline import OfflineRun, read_offline_runs
 
 from nuciseg.config import merged
-from nuciseg.distributed.search import RESULTS_FILE
+from nuciseg.distributed.trials import RESULTS_FILE
 
 NUM_EPOCHS = 5
 GRID = [0.05, 1e-9, 1e-8]  # the first learns; scheduled after it, the others are stopped

@@ -48,6 +48,7 @@ def test_text_is_never_markup(tmp_path: Path) -> None:
 def test_columns_of_words_are_told_from_columns_of_numbers() -> None:
     table = Table(("name", "share", "change", "mixed"), [("a", "1.5 %", "-2", "3"), ("b", "–", "1,000", "three")])
     assert table.is_word == (True, False, False, True)
+    assert Table(("trial", "score"), [("12345_00000", "0.5"), ("12345_00001", "0.7")]).is_word == (True, False)
 
 
 def test_the_same_figure_gives_the_same_bytes() -> None:

@@ -1,0 +1,46 @@
+"""A page of runs and searches from their own records: `python -m nuciseg.report RUN_OR_SEARCH... [--out FILE]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nuciseg.cli import Parser, run_verb
+
+DESCRIPTION = """\
+Write one HTML page of runs and searches from what lies in their folders; no account, no network.
+
+A search: its trials ranked, learning curves, parallel coordinates and importance of its parameters, the best and
+worst clusters, what failed. Several runs or searches are compared as far as they were scored on the same images.
+A run that goes on, or was killed, is shown as far as it got.
+"""
+PAGE_FILE = "report.html"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the folders, write the page, say where it lies. Raises NucisegError."""
+    args = _parser().parse_args(argv)
+
+    from nuciseg.reporting.page import write_report
+    from nuciseg.reporting.records import read_folder
+
+    folders: list[Path] = list(dict.fromkeys(args.folders))
+    out = args.out or (folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE))
+    write_report([read_folder(folder) for folder in folders], out)
+    print(f"report: {out}")
+
+
+def _parser() -> Parser:
+    parser = Parser("report", DESCRIPTION, usage="%(prog)s RUN_OR_SEARCH [RUN_OR_SEARCH ...] [--out FILE]")
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN_OR_SEARCH", help="folder that train or tune printed (path)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help=f"page to write (path, default: {PAGE_FILE} in the folder; of several folders, in this one)",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    run_verb(main)
