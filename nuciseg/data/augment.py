@@ -39,7 +39,6 @@ class ClusterChanges(NamedTuple):
     """The parts of `AugmentConfig` that only cut-out clusters can take; 0 is off."""
 
     join: float = 0.0
-    notches: float = 0.0
     marking_dropped: float = 0.0
     marking_shift_px: int = 0
     drawn_borders: float = 0.0
@@ -63,12 +62,6 @@ class AugmentConfig(Section):
     noise: float = Field(0.05, ge=0, le=1, description="largest standard deviation of the Gaussian noise")
     join: float = Field(
         0.0, ge=0, le=1, description="chance that another training cluster is laid against it (cut-out clusters only)"
-    )
-    notches: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="chance that the outline's notches are filled and others cut (cut-out clusters only)",
     )
     marking_dropped: float = Field(
         0.0, ge=0, le=1, description="chance that the drawn border is erased (cut-out clusters only)"

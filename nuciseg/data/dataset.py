@@ -20,7 +20,6 @@ from pydantic import Field
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, Augmenter, NormalizedSample
 from nuciseg.data.joining import join_clusters
 from nuciseg.data.markings import Marking, disturb_marking, draw_border, part_of, with_marking
-from nuciseg.data.notches import change_notches
 from nuciseg.images import saturated_value
 from nuciseg.section import Section
 from nuciseg.types import Batch, Sample
@@ -29,7 +28,7 @@ CANVAS_MARGIN = 1.05  # room for a cluster that turns on its canvas
 WINDOW_BATCHES = 16  # batches that are sorted by size together: larger wastes less, smaller mixes better
 MIN_PIXELS = 16  # fewer pixels than this have no percentiles worth using
 NORMALIZED_RANGE = (-1.0, 3.0)
-CLUSTERS = 1  # tells the random numbers of joining, notches and markings from those of the other augmentation
+CLUSTERS = 1  # tells the random numbers of joining and markings from those of the other augmentation
 
 
 class NormalizationConfig(Section):
@@ -223,7 +222,7 @@ class TrainingData:
     """Everything that turns a sample index into network input and targets.
 
     `multiple` is the network's stride: canvases are multiples of it, and at least
-    `least_canvas_px`. Samples are joined, their notches and markings changed as the augmenter's configuration says.
+    `least_canvas_px`. Samples are joined and their markings changed as the augmenter's configuration says.
     """
 
     samples: SampleStore
@@ -258,8 +257,6 @@ class TrainingData:
         sample = self.samples[index]
         if partner is not None:
             sample = join_clusters(sample, self.samples[partner], rng)
-        if rng.random() < changes.notches:
-            sample = change_notches(sample, rng)
         image_HWC = disturb_marking(sample.image_HWC, changes.marking_dropped, changes.marking_shift_px, rng)
         image_HWC = with_marking(image_HWC, self.marking)
         if rng.random() < changes.drawn_borders:

@@ -115,7 +115,6 @@ def test_a_network_trains_on_the_result(fields: Path, tmp_path: Path, marking: s
             "data.root": str(tmp_path / "out"),
             "data.validation_fraction": 0.3,
             "augment.join": 0.5,
-            "augment.notches": 0.5,
             "train.epochs": 1,
         }
     )
