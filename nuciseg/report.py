@@ -21,11 +21,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the folders, write the page, say where it lies. Raises NucisegError."""
     args = _parser().parse_args(argv)
 
+    from nuciseg.distributed.trials import searches_in
     from nuciseg.reporting.page import write_report
     from nuciseg.reporting.records import read_folder
 
-    folders: list[Path] = list(dict.fromkeys(args.folders))
-    out = args.out or (folders[0] / PAGE_FILE if len(folders) == 1 else Path(PAGE_FILE))
+    named: list[Path] = list(dict.fromkeys(args.folders))
+    out = args.out or (named[0] / PAGE_FILE if len(named) == 1 else Path(PAGE_FILE))
+    folders = [folder for name in named for folder in searches_in(name) or [name]]
     write_report([read_folder(folder) for folder in folders], out)
     print(f"report: {out}")
 
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> Parser:
     parser = Parser("report", DESCRIPTION, usage="%(prog)s RUN_OR_SEARCH [RUN_OR_SEARCH ...] [--out FILE]")
     parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN_OR_SEARCH", help="folder that train or tune printed (path)"
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN_OR_SEARCH",
+        help="folder that train or tune printed (path)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE",

@@ -110,25 +110,25 @@ def _search_each(files: Sequence[Path], flags: CliSettingsSource[Any], args: arg
 def _go_through(folder: Path, args: argparse.Namespace) -> None:
     """Begin or resume each search whose configuration lies in `folder`."""
     from nuciseg.config import load_config
+    from nuciseg.distributed.trials import searches_in
     from nuciseg.distributed.worker import CONFIG_FILE
 
-    files = sorted(folder.glob("*.yaml"))
-    for number, file in enumerate(files, start=1):
-        print(f"\n{file.stem}, search {number} of {len(files)}", flush=True)
-        search_dir = folder / file.stem
+    search_dirs = searches_in(folder)
+    for number, search_dir in enumerate(search_dirs, start=1):
+        print(f"\n{search_dir.name}, search {number} of {len(search_dirs)}", flush=True)
         resumed = (search_dir / CONFIG_FILE).exists()
         search_dir.mkdir(exist_ok=True)
-        _search(load_config(file), search_dir, args, resumed=resumed)
-    print(f"\nall {len(files)} searches: {folder}")
+        _search(load_config(search_dir.with_name(f"{search_dir.name}.yaml")), search_dir, args, resumed=resumed)
+    print(f"\nall {len(search_dirs)} searches: {folder}")
 
 
 def _resume(folder: Path, flags: Mapping[str, Any], args: argparse.Namespace) -> None:
     from nuciseg.distributed.runs import refuse_other_settings
     from nuciseg.distributed.search import read_search_config
-    from nuciseg.distributed.worker import CONFIG_FILE
+    from nuciseg.distributed.trials import searches_in
 
     refuse_other_settings(flags, args.config)
-    if not (folder / CONFIG_FILE).exists() and any(folder.glob("*.yaml")):
+    if searches_in(folder):
         _go_through(folder, args)
     else:
         _search(read_search_config(folder), folder, args, resumed=True)

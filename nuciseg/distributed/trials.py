@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from nuciseg.distributed.worker import CONFIG_FILE
 
 RESULTS_FILE = "results.json"
 SAMPLE_FILE = "sample.json"
@@ -34,6 +37,16 @@ class Trial:
             lowest if self.score is None else self.score,
             lowest if self.tie_break is None else self.tie_break,
         )
+
+
+def searches_in(folder: Path) -> list[Path]:
+    """The folders of the searches that one `tune` of several configurations makes in `folder`; [] where it is none.
+
+    Each has its configuration beside it, as FOLDER.yaml, before it begins.
+    """
+    if (folder / CONFIG_FILE).exists():
+        return []
+    return [path.with_suffix("") for path in sorted(folder.glob("*.yaml"))]
 
 
 def as_text(value: Any) -> Any:

@@ -13,6 +13,7 @@ from small_runs import SMALL
 
 from nuciseg.config import load_config, merged
 from nuciseg.errors import ConfigError
+from nuciseg.report import main as report
 from nuciseg.tracking import read_identity
 from nuciseg.tune import config_files, describe_arms
 
@@ -57,6 +58,13 @@ def test_each_file_is_searched_in_its_own_folder_and_all_in_one_group(questions:
     assert "differs: optim.lr; same: images, split 0, 1 epochs, seed 0" in searched
     assert "differs: seed; same: images, split 0, 1 epochs\n" in searched
     assert f"all 2 searches: {Path('runs') / 'both'}" in searched
+
+
+def test_the_report_of_the_folder_shows_every_search(questions: Path, searched: str) -> None:
+    folder = questions / "runs" / "both"
+    report([str(folder)])
+    page = (folder / "report.html").read_text()
+    assert all(f"<h2>{name}: trials</h2>" in page for name in ("rates", "seeds"))
 
 
 @pytest.mark.slow
