@@ -59,6 +59,22 @@ class Encoder(nn.Module):
                 mean, std = mean.mean().expand(own_channels).clone(), std.mean().expand(own_channels).clone()
             self.register_buffer("input_mean", mean.view(1, -1, 1, 1))
             self.register_buffer("input_std", std.view(1, -1, 1, 1))
+        self.is_frozen = False
+        self._trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def freeze(self, frozen: bool) -> None:
+        """While frozen, nothing in here changes: no gradient is computed, and `train` leaves it in evaluation mode.
+
+        Without a gradient no optimizer touches a weight (nor decays it, nor gathers momentum for the time after), the
+        clipped norm is that of the trained weights alone, and the pass backward through the encoder is saved.
+        """
+        self.is_frozen = frozen
+        for parameter in self._trained:
+            parameter.requires_grad_(not frozen)
+        self.train(not frozen)
+
+    def train(self, mode: bool = True) -> Encoder:
+        return super().train(mode and not self.is_frozen)
 
     def _probe(self, name: str, own_channels: int) -> None:
         """Sees that features lie where timm says, and freezes what they do not depend on.
@@ -120,7 +136,8 @@ class _DepthwiseConv(nn.Module):
         self.conv = conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        has_backward = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        if x.device.type == "cpu" and has_backward and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.conv(x.float()).to(x.dtype)  # type: ignore[no-any-return]
         return self.conv(x)  # type: ignore[no-any-return]
