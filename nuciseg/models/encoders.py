@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nuciseg.errors import ConfigError
-from nuciseg.models.config import ChannelPolicy
+from nuciseg.models.config import ChannelPolicy, TimmConfig
 from nuciseg.models.timm_library import import_timm
 from nuciseg.models.weights import hub_access, input_normalization, read_weights
 
@@ -19,27 +19,18 @@ _ENCODER_CHANNELS = 3
 class Encoder(nn.Module):
     """Features of images (B, C, H, W) by their stride, each (B, channels[stride], H/stride, W/stride).
 
-    With `pretrained`, values from `input_range` are stretched to 0..1, others clipped, and normalised as the weights
-    were trained.
+    What goes in, and whether it is normalised, `TimmConfig` says.
     """
 
     input_mean: torch.Tensor
     input_std: torch.Tensor
 
-    def __init__(
-        self,
-        name: str,
-        stages: int,
-        in_channels: int,
-        channel_policy: ChannelPolicy,
-        pretrained: str | None,
-        input_range: tuple[float, float],
-        load_weights: bool,
-    ) -> None:
+    def __init__(self, config: TimmConfig, in_channels: int, load_weights: bool) -> None:
         super().__init__()
-        own_channels = in_channels if channel_policy == "averaged" else _ENCODER_CHANNELS
-        self.adapter = _adapter(in_channels, channel_policy)
-        self.network = _build_network(name, stages, own_channels, pretrained if load_weights else None)
+        name = config.encoder
+        own_channels = in_channels if config.channel_policy == "averaged" else _ENCODER_CHANNELS
+        self.adapter = _adapter(in_channels, config.channel_policy)
+        self.network = _build_network(name, config.stages, own_channels, config.pretrained if load_weights else None)
         for module in self.network.modules():
             # Some encoders (EfficientNet) keep 99 % of the running statistics a step, made for runs of 100 000 steps.
             # Here a run has a few hundred, and validation would normalise with what is left of the beginning.
@@ -51,9 +42,9 @@ class Encoder(nn.Module):
         )
         self.is_channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         self._probe(name, own_channels)
-        self.input_range = input_range if pretrained else None
-        if pretrained:
-            expected = input_normalization(name, pretrained)
+        self.input_range = config.input_range if config.normalizes_input else None
+        if config.normalizes_input:
+            expected = input_normalization(name, config.pretrained)
             mean, std = torch.tensor(expected.mean), torch.tensor(expected.std)
             if own_channels != _ENCODER_CHANNELS:  # kernels were summed: one normalisation for all
                 mean, std = mean.mean().expand(own_channels).clone(), std.mean().expand(own_channels).clone()
