@@ -13,6 +13,7 @@ from nuciseg.section import Section
 
 Norm = Literal["batch", "group", "none"]
 ChannelPolicy = Literal["copy", "zero", "learned", "averaged"]
+MAX_STAGES = 6
 
 
 class UnetConfig(Section):
@@ -51,7 +52,7 @@ class TimmConfig(Section):
     stages: int = Field(
         default=4,
         ge=1,
-        le=6,
+        le=MAX_STAGES,
         description="How many of the encoder's feature levels are used, from the finest; 4 of ResNet: stride 16.",
     )
     decoder_channels: tuple[PositiveInt, ...] = Field(

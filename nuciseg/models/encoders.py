@@ -178,16 +178,16 @@ def _adapter(in_channels: int, policy: ChannelPolicy) -> nn.Module:
     )
 
 
-def _build_network(name: str, stages: int, in_channels: int, pretrained: str | None) -> Any:
-    """timm's feature extractor, cut after `stages` feature levels.
+def num_feature_levels(name: str) -> int:
+    """How many feature levels timm's encoder has, at growing strides. Raises ConfigError where it has none such."""
+    return len(_outline(name).feature_info.reduction())
 
-    Raises:
-        ConfigError: it gives no features at growing strides, fewer of them, or takes one image size only.
-    """
-    create = import_timm().create_model
+
+def _outline(name: str) -> Any:
+    """timm's feature extractor with all its levels: shapes alone, no memory and no random numbers."""
     try:
-        with torch.device("meta"):  # shapes alone, no memory and no random numbers
-            network = create(name, pretrained=False, features_only=True)
+        with torch.device("meta"):
+            network = import_timm().create_model(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"timm's '{name}' (model.encoder) gives no features ({error}): choose another encoder"
@@ -198,6 +198,18 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
             f"the features of '{name}' (model.encoder) lie at strides {', '.join(map(str, levels))} where growing ones "
             "are needed: choose a convolutional or hierarchical encoder, such as resnet18 or convnext_atto"
         )
+    return network
+
+
+def _build_network(name: str, stages: int, in_channels: int, pretrained: str | None) -> Any:
+    """timm's feature extractor, cut after `stages` feature levels.
+
+    Raises:
+        ConfigError: it gives no features at growing strides, fewer of them, or takes one image size only.
+    """
+    create = import_timm().create_model
+    network = _outline(name)
+    levels = network.feature_info.reduction()
     if stages > len(levels):
         raise ConfigError(f"model.stages is {stages}, but '{name}' has {len(levels)}: choose at most {len(levels)}")
     options: dict[str, Any] = {"features_only": True, "out_indices": tuple(range(stages)), "in_chans": in_channels}

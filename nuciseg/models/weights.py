@@ -41,6 +41,18 @@ def check_weights_package(encoder: str) -> str:
     return package
 
 
+def describe_weights(encoder: str, pretrained: str | None) -> str:
+    """Where the weights come from, in words; they need not be there."""
+    match pretrained:
+        case None:
+            return "from scratch"
+        case "hub":
+            return f"pretrained, from the hub ({import_timm().get_pretrained_cfg(encoder).hf_hub_id})"
+        case "package":
+            return f"pretrained, from the installed package {check_weights_package(encoder)}"
+    return f"pretrained, from the file {pretrained}"
+
+
 def input_normalization(encoder: str, pretrained: str | None) -> InputNormalization:
     """How the weights want their input, known without loading them; without weights: as timm's own do.
 
