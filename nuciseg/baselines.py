@@ -65,7 +65,7 @@ def otsu_watershed(image_HW: Image, target: Target) -> tuple[Instances, Mask]:
     labels_HW = watershed(-distance_HW, seeds_HW, mask=foreground_HW).astype(np.int32)
     labels_HW[np.isin(labels_HW, np.flatnonzero(np.bincount(labels_HW.ravel()) < MIN_AREA_PX))] = 0
     instances = _instances(labels_HW)
-    return instances, target.encode(instances.labels_HW)[target.border_index] > 0
+    return instances, target.border_of(instances.labels_HW)
 
 
 BASELINES: dict[str, Baseline] = {

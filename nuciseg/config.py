@@ -161,6 +161,11 @@ class Config(Section):
                 f"train.accumulate {self.train.accumulate} is more than data.batch_size {self.data.batch_size}: "
                 "a part of a batch needs at least one image"
             )
+        if self.optim.frozen_encoder_epochs and not isinstance(self.model, TimmConfig):
+            raise ValueError(
+                f"optim.frozen_encoder_epochs is {self.optim.frozen_encoder_epochs}, but a network of model.kind "
+                f"{self.model.kind!r} has no encoder to freeze: set it to 0, or model.kind to 'timm'"
+            )
         return self
 
     def replaced(self, changes: Mapping[str, Any]) -> Config:

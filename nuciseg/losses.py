@@ -4,6 +4,8 @@ Each loss is one configuration class with `per_map`: a value for each image and 
 over the maps and names the terms. A new loss is a new class here, in `LossConfig` and, if it shall be combined, in
 `CombinedWeights` and `CombinedConfig`.
 
+Targets may lie between 0 and 1 (a soft border). In the formulas of overlap, p t then stands for the smaller of the two.
+
 Values per image, not per batch, so that sums over images do not depend on how images are spread over workers.
 """
 
@@ -243,7 +245,9 @@ def _tversky(
 ) -> torch.Tensor:
     """(B, K), with counts of probabilities instead of decisions. Jaccard is alpha = beta = 1, Dice is 1/2."""
     p = torch.sigmoid(logits_BKHW) * valid_B1HW
-    true_positives = (p * targets_BKHW).sum(dim=(2, 3))
+    # The same as p t where t is 0 or 1; between them p t would be best at p of 0 or 1, the smaller one is at p = t
+    # (Wang, Ning and Blaschko 2023, arXiv:2302.05666).
+    true_positives = torch.minimum(p, targets_BKHW).sum(dim=(2, 3))
     false_positives = p.sum(dim=(2, 3)) - true_positives
     false_negatives = targets_BKHW.sum(dim=(2, 3)) - true_positives
     shared = true_positives + smooth

@@ -34,6 +34,11 @@ class OptimConfig(Section):
     encoder_lr_factor: float = Field(
         default=1.0, ge=0, le=10, description="Factor on the learning rate of a timm encoder; 0 freezes its weights."
     )
+    frozen_encoder_epochs: int = Field(
+        default=0,
+        ge=0,
+        description="First epochs in which a timm encoder keeps its weights and its batch normalisation's statistics.",
+    )
 
 
 class ScheduleConfig(Section):
@@ -58,6 +63,8 @@ _ONE_CYCLE_START = 1 / 25
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of `config` for the trained parameters of `model`, which may be wrapped for data-parallel training.
+
+    Build it before `freeze_encoder`: it leaves alone what has no gradient, but must know what will have one later.
 
     Each parameter group has a key `lr_factor`; `set_learning_rate` heeds it.
     """

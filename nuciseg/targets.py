@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from skimage.segmentation import watershed
 
+from nuciseg.label_smoothing import smooth_lines
 from nuciseg.section import Section
 from nuciseg.straight_cuts import StraightCut, best_cut, divide
 from nuciseg.types import Instances
@@ -86,7 +87,24 @@ class DecodeConfig(Section):
     )
 
 
-class TouchingBorderConfig(Section):
+class BorderSection(Section):
+    """What is done to the border that a network is taught; what scores count as border stays as it is."""
+
+    smooth_px: float = Field(
+        default=0.0,
+        ge=0,
+        le=32,
+        description="standard deviation of the Gaussian that makes lines between nuclei smooth; 0: as drawn, in pixels",
+    )
+    soft_px: float = Field(
+        default=0.0,
+        ge=0,
+        le=16,
+        description="how far on both sides of the border pixels are border in part, falling from 1 to 0, in pixels",
+    )
+
+
+class TouchingBorderConfig(BorderSection):
     """Foreground, and the line between touching nuclei."""
 
     kind: Literal["touching_border"] = "touching_border"
@@ -94,7 +112,7 @@ class TouchingBorderConfig(Section):
     decode: DecodeConfig = Field(default=DecodeConfig(), description="how probabilities become nuclei")
 
 
-class FullBorderConfig(Section):
+class FullBorderConfig(BorderSection):
     """Foreground, and the whole outline of every nucleus (the original study's solution).
 
     Of all widths, 4 px comes closest to the solutions of gnovis/nucleus (IoU 0.80 on every eighth of train).
@@ -124,9 +142,19 @@ class Target:
     typical_shares: tuple[float, ...] = (0.5, 0.05)  # of the pixels, by map: where a fresh network starts
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
-        """The maps (K, H, W), 0 or 1, that a perfect network would answer with; all 0 where labels are negative.
+        """The maps (K, H, W) that a network is taught, 0 or 1, between them near a soft border; 0 where labels are
+        negative.
+        """
+        border_HW = self.border_of(smooth_lines(labels_HW, self.config.smooth_px))
+        maps_KHW = np.empty((2, *labels_HW.shape), np.float32)
+        maps_KHW[0] = labels_HW > 0
+        maps_KHW[1] = _softened(border_HW, self.config.soft_px) * (labels_HW >= 0)
+        return maps_KHW
 
-        The image's edge is no border: a nucleus that it cuts goes on outside.
+    def border_of(self, labels_HW: LabelImage) -> Mask:
+        """The border (H, W) of the labels as they are: what scores take for true, however the network is taught.
+
+        The image's edge is no border: a nucleus that it cuts goes on outside. Ignored pixels are none either.
         """
         compact_HW: LabelImage16 | FloatImage = np.maximum(labels_HW, 0).astype(np.uint16)
         if labels_HW.max(initial=0) > 65534:  # cv2 dilates no int32; float32 holds ids up to 2^24 exactly
@@ -135,10 +163,7 @@ class Target:
         if self.config.kind == "full_border":
             inside_HW = (labels_HW != 0).astype(np.uint8)  # ignored pixels are not known to be outside
             border_HW |= (compact_HW > 0) & (cv2.erode(inside_HW, _disk(2 * self.config.width_px + 1)) == 0)
-        maps_KHW = np.empty((2, *labels_HW.shape), np.float32)
-        maps_KHW[0] = compact_HW > 0
-        maps_KHW[1] = border_HW & (labels_HW >= 0)
-        return maps_KHW
+        return np.asarray(border_HW & (labels_HW >= 0))
 
     def decode(self, probabilities_KHW: FloatImage) -> Instances:
         """Nuclei from probabilities (K, H, W) in [0, 1].
@@ -191,6 +216,16 @@ def _line_between(labels_HW: LabelImage16 | FloatImage, width_px: int) -> Mask:
     above_all = np.array(65535 if labels_HW.dtype == np.uint16 else np.inf, labels_HW.dtype)
     smallest_HW = cv2.erode(np.where(labels_HW > 0, labels_HW, above_all), kernel)
     return np.asarray((largest_HW > 0) & (smallest_HW < largest_HW))
+
+
+def _softened(border_HW: Mask, soft_px: float) -> FloatImage:
+    """1 on the border, falling in a straight line to 0 at `soft_px` + 1: a line drawn a little off costs little.
+
+    Not by a Gaussian, which never gets to 0 and would have to be cut off.
+    """
+    if soft_px <= 0 or not border_HW.any():
+        return border_HW.astype(np.float32)
+    return np.asarray(np.maximum(0, 1 - _distance_to_zero(~border_HW) / np.float32(soft_px + 1)), np.float32)
 
 
 def _separate(foreground_HW: FloatImage, border_HW: FloatImage, config: DecodeConfig, width_px: int) -> Instances:

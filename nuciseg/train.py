@@ -19,9 +19,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = Parser("train", "Train one network, data-parallel on scale.num_workers workers.")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted run in this folder")
+    parser.add_argument("--summary", action="store_true", help="print the network's stages and their cost, then leave")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
     flags = add_config_flags(parser)
     args = parser.parse_args(argv)
+    if args.summary:
+        if args.resume is not None:
+            parser.error(f"--summary is of a configuration: give --config {args.resume / 'config.yaml'}, not --resume")
+        _print_summary(config_from_args(flags, args))
+        return
 
     from nuciseg.distributed.progress import followed
     from nuciseg.distributed.runs import (
@@ -54,6 +60,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     with followed(run_dir, config.train.epochs, config.train.metric):
         run_training(job)
     print(f"best checkpoint: {CheckpointStore(run_dir).best}\n{describe_run(run_dir)}")
+
+
+def _print_summary(config: Config) -> None:
+    """The configured network stage by stage, without its weights and without data."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nuciseg.engine.network import summarize_network
+
+    summary = summarize_network(config)
+    side = summary.side_px
+    table = Table(title=f"{summary.name}, one grey image of {side}x{side} px", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    for heading in ("stride", "channels", "parameters", "MFLOP"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("its features")
+    for stage in summary.stages:
+        figures = (str(stage.stride), str(stage.channels), f"{stage.parameters:,}", f"{stage.flops / 1e6:,.0f}")
+        table.add_row(stage.name, *figures, stage.role, style=None if stage.is_used else "dim")
+    table.add_section()
+    table.add_row("total", "", "", f"{summary.parameters:,}", f"{summary.flops / 1e6:,.0f}", "")
+    Console().print(table)
+    print("MFLOP: million operations forward, a multiplication and its addition counted as two")
+    for note in summary.notes:
+        print(note)
+    frozen_epochs = config.optim.frozen_encoder_epochs
+    if frozen_epochs:
+        print(f"training: the encoder is frozen for the first {frozen_epochs} of {config.train.epochs} epochs")
 
 
 def _without_search(config: Config) -> Config:

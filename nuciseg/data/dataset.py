@@ -61,9 +61,8 @@ class TargetEncoder(Protocol):
 
     @property
     def map_names(self) -> tuple[str, ...]: ...
-    @property
-    def border_index(self) -> int: ...
     def encode(self, labels_HW: NDArray[np.int32], /) -> NDArray[np.float32]: ...
+    def border_of(self, labels_HW: NDArray[np.int32], /) -> NDArray[np.bool_]: ...
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
@@ -260,8 +259,7 @@ class TrainingData:
         image_HWC = disturb_marking(sample.image_HWC, changes.marking_dropped, changes.marking_shift_px, rng)
         image_HWC = with_marking(image_HWC, self.marking)
         if rng.random() < changes.drawn_borders:
-            border_HW = self.target.encode(sample.labels_HW)[self.target.border_index] > 0
-            image_HWC = draw_border(image_HWC, part_of(border_HW, rng))
+            image_HWC = draw_border(image_HWC, part_of(self.target.border_of(sample.labels_HW), rng))
         return Sample(image_HWC, sample.labels_HW)
 
     def plan(self, epoch: int, batch_size: int) -> list[PlannedBatch]:

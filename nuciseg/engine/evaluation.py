@@ -196,7 +196,7 @@ def _score_all(
 def _score_baselines(
     target: Target, id: str, image_HW: NDArray[Any], labels_HW: NDArray[np.int32]
 ) -> dict[str, ImageScores]:
-    border_true_HW = target.encode(labels_HW)[target.border_index] > 0
+    border_true_HW = target.border_of(labels_HW)
     scores = {}
     for name, baseline in BASELINES.items():
         instances, border_HW = baseline(image_HW, target)

@@ -86,7 +86,7 @@ def score_instances(
         instances.labels_HW,
         labels_HW,
         border_mask(target, found.maps_KHW),
-        target.encode(labels_HW)[target.border_index] > 0,
+        target.border_of(labels_HW),
     )
 
 

@@ -28,6 +28,7 @@ from nuciseg.engine.network import Network, build_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
 from nuciseg.metrics import ImageScores, Scores, rank
+from nuciseg.models import freeze_encoder
 from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, set_learning_rate
 from nuciseg.types import Batch
 
@@ -70,8 +71,7 @@ class Trainer:
             pin_memory=place.device.type == "cuda",
         )
         self.num_steps = config.train.epochs * self.loader.num_batches()
-        self.parallel = self._data_parallel()
-        self.step_model = self._compiled(self.parallel or self.network.model)
+        self._begin_phase(self._is_frozen_in(self.progress.epoch + 1))
 
     @property
     def finished(self) -> bool:
@@ -110,6 +110,8 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """The training half of `run_epoch`: one pass over the images; every loss term per image, and rates."""
         model, device = self.network.model, self.place.device
+        if self._is_frozen_in(epoch) != self.encoder_is_frozen:
+            self._begin_phase(self._is_frozen_in(epoch))
         model.train()
         sums: dict[str, torch.Tensor] = {}
         num_images, wait_s, rate = 0, 0.0, 0.0
@@ -141,6 +143,18 @@ class Trainer:
             "data_wait_share": wait_s / seconds,
             "train_s": seconds,
         }
+
+    def _is_frozen_in(self, epoch: int) -> bool:
+        return epoch <= self.config.optim.frozen_encoder_epochs
+
+    def _begin_phase(self, encoder_is_frozen: bool) -> None:
+        """Freeze or thaw the encoder and make what takes the steps: data-parallel training sums the gradients of those
+        parameters that had one when it was set up."""
+        self.encoder_is_frozen = encoder_is_frozen
+        if self.config.optim.frozen_encoder_epochs:
+            freeze_encoder(self.network.model, encoder_is_frozen)
+        self.parallel = self._data_parallel()
+        self.step_model = self._compiled(self.parallel or self.network.model)
 
     def _step(self, batch: Batch | None, global_size: int, rate: float) -> dict[str, torch.Tensor]:
         """One optimizer step; returns every loss term summed over this worker's images, on the device."""

@@ -13,6 +13,7 @@ from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
 from nuciseg.engine.precision import Precision, choose_precision
 from nuciseg.errors import CheckpointError
 from nuciseg.models import build_model, set_initial_probabilities
+from nuciseg.models.summary import ModelSummary, summarize
 from nuciseg.targets import Target, TargetConfig, build_target
 
 
@@ -53,6 +54,12 @@ def stride_of(config: Config) -> int:
 def count_parameters(config: Config) -> int:
     """How many numbers training changes in the network that `config` describes, for grey images."""
     return sum(parameter.numel() for parameter in _outline(config).parameters())
+
+
+def summarize_network(config: Config) -> ModelSummary:
+    """Stages, parameters and operations of the network that `config` describes, for a grey crop of `data.crop_px`."""
+    num_maps = len(build_target(config.target).map_names)
+    return summarize(config.model, in_channels=1, num_maps=num_maps, side_px=config.data.crop_px)
 
 
 def _outline(config: Config) -> nn.Module:

@@ -86,7 +86,7 @@ def measure_baselines(data: DataSet, chosen: Mapping[str, Sequence[int]]) -> Ite
                 sample = part.sample(position)
                 image_HW: NDArray[Any] = sample.image_HWC[..., 0]
                 instances, border_HW = baseline(image_HW, target)
-                true_HW = target.encode(sample.labels_HW)[target.border_index] > 0
+                true_HW = target.border_of(sample.labels_HW)
                 id = part.records[position].id
                 image_scores.append(score_image(id, instances.labels_HW, sample.labels_HW, border_HW, true_HW))
             if image_scores:

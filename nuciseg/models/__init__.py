@@ -13,7 +13,15 @@ from nuciseg.models.config import BaselineConfig, ModelConfig, TimmConfig, UnetC
 from nuciseg.models.timm_unet import TimmUnet
 from nuciseg.models.unet import Unet
 
-__all__ = ["BaselineConfig", "ModelConfig", "TimmConfig", "UnetConfig", "build_model", "set_initial_probabilities"]
+__all__ = [
+    "BaselineConfig",
+    "ModelConfig",
+    "TimmConfig",
+    "UnetConfig",
+    "build_model",
+    "freeze_encoder",
+    "set_initial_probabilities",
+]
 
 
 def build_model(config: ModelConfig, in_channels: int, num_maps: int, load_weights: bool = True) -> nn.Module:
@@ -33,6 +41,12 @@ def build_model(config: ModelConfig, in_channels: int, num_maps: int, load_weigh
             return TimmUnet(config, in_channels, num_maps, load_weights)
         case BaselineConfig():
             return Baseline(config, in_channels, num_maps)
+
+
+def freeze_encoder(model: nn.Module, frozen: bool) -> None:
+    """Freeze or thaw the encoder of a `model` that `TimmConfig` describes; see `Encoder.freeze`."""
+    assert isinstance(model, TimmUnet)
+    model.encoder.freeze(frozen)
 
 
 def set_initial_probabilities(model: nn.Module, probabilities_K: Sequence[float]) -> None:

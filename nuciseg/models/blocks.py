@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,13 +14,10 @@ from torch import nn
 from nuciseg.errors import DataError
 
 
-def conv_block(
-    in_channels: int, out_channels: int, num_convs: int, norm: Literal["batch", "group", "none"]
-) -> nn.Sequential:
-    """`num_convs` times 3x3 convolution, normalisation, ReLU; keeps height and width."""
+def conv_block(in_channels: int, widths: Sequence[int], norm: Literal["batch", "group", "none"]) -> nn.Sequential:
+    """For each of `widths` (output channels): 3x3 convolution, normalisation, ReLU; keeps height and width."""
     layers: list[nn.Module] = []
-    for index in range(num_convs):
-        num_inputs = in_channels if index == 0 else out_channels
+    for num_inputs, out_channels in pairwise([in_channels, *widths]):
         layers.append(nn.Conv2d(num_inputs, out_channels, 3, padding=1, bias=norm == "none"))
         if norm == "batch":
             layers.append(nn.BatchNorm2d(out_channels))
@@ -50,7 +48,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList()
         for width in widths:
             stride //= 2
-            self.blocks.append(conv_block(num_channels + skip_channels.get(stride, 0), width, num_convs, norm))
+            self.blocks.append(conv_block(num_channels + skip_channels.get(stride, 0), [width] * num_convs, norm))
             num_channels = width
         assert stride == 1, f"{len(widths)} widths do not lead from stride {max(skip_channels)} to full resolution"
         self.out_channels = num_channels

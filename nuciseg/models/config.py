@@ -13,6 +13,7 @@ from nuciseg.section import Section
 
 Norm = Literal["batch", "group", "none"]
 ChannelPolicy = Literal["copy", "zero", "learned", "averaged"]
+MAX_STAGES = 6
 
 
 class UnetConfig(Section):
@@ -37,8 +38,11 @@ class UnetConfig(Section):
 class TimmConfig(Section):
     """U-Net decoder on an encoder of the timm library (https://github.com/huggingface/pytorch-image-models).
 
-    With pretrained weights, the network's input is stretched from `input_range` to 0..1, clipped, and then normalised
-    as the weights were trained. Without, the encoder sees the image as it comes.
+    With `input_normalization`, the network's input is stretched from `input_range` to 0..1, clipped, and then
+    normalised as the encoder's weights were trained. Without, the encoder sees the image as it comes.
+
+    The channels of the head's convolutions are a factor, not a list: the number of convolutions stays in one key, and a
+    search can vary both.
     """
 
     kind: Literal["timm"] = "timm"
@@ -48,7 +52,7 @@ class TimmConfig(Section):
     stages: int = Field(
         default=4,
         ge=1,
-        le=6,
+        le=MAX_STAGES,
         description="How many of the encoder's feature levels are used, from the finest; 4 of ResNet: stride 16.",
     )
     decoder_channels: tuple[PositiveInt, ...] = Field(
@@ -60,6 +64,13 @@ class TimmConfig(Section):
     decoder_convs: int = Field(default=2, ge=1, le=4, description="Convolutions at each resolution of the decoder.")
     head_convs: int = Field(
         default=0, ge=0, le=4, description="Extra convolutions at full resolution before the output."
+    )
+    head_width_factor: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Factor on the channels at each extra convolution before the output: 0.5 halves them each time, so "
+        "that they fall to the maps in steps.",
     )
     norm: Norm = Field(default="batch", description="Normalisation after each convolution of the decoder.")
     dropout: float = Field(
@@ -76,9 +87,14 @@ class TimmConfig(Section):
         "the other channels 0, 'learned' mixes channels by a trained 1x1 convolution that starts as 'copy', 'averaged' "
         "changes the first convolution to the image's channels, its kernels summed.",
     )
+    input_normalization: bool | None = Field(
+        default=None,
+        description="Whether the input is normalised as timm's weights of this encoder were trained; none: with "
+        "pretrained weights only.",
+    )
     input_range: tuple[float, float] = Field(
         (-0.5, 1.5),
-        description="With pretrained weights: the values of the normalised image that become black and white. Nuclei "
+        description="With input normalisation: the values of the normalised image that become black and white. Nuclei "
         "lie in 0 to 1, zeroed background below, a drawn border above.",
     )
 
@@ -91,6 +107,11 @@ class TimmConfig(Section):
     def weights_file(self) -> Path | None:
         """The file that `pretrained` names, if it names one."""
         return Path(self.pretrained) if self.pretrained not in (None, "hub", "package") else None
+
+    @property
+    def normalizes_input(self) -> bool:
+        """What `input_normalization` comes to."""
+        return self.pretrained is not None if self.input_normalization is None else self.input_normalization
 
     @model_validator(mode="after")
     def _package_exists_for_encoder(self) -> TimmConfig:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nuciseg.errors import ConfigError
-from nuciseg.models.config import ChannelPolicy
+from nuciseg.models.config import ChannelPolicy, TimmConfig
 from nuciseg.models.timm_library import import_timm
 from nuciseg.models.weights import hub_access, input_normalization, read_weights
 
@@ -19,27 +19,18 @@ _ENCODER_CHANNELS = 3
 class Encoder(nn.Module):
     """Features of images (B, C, H, W) by their stride, each (B, channels[stride], H/stride, W/stride).
 
-    With `pretrained`, values from `input_range` are stretched to 0..1, others clipped, and normalised as the weights
-    were trained.
+    What goes in, and whether it is normalised, `TimmConfig` says.
     """
 
     input_mean: torch.Tensor
     input_std: torch.Tensor
 
-    def __init__(
-        self,
-        name: str,
-        stages: int,
-        in_channels: int,
-        channel_policy: ChannelPolicy,
-        pretrained: str | None,
-        input_range: tuple[float, float],
-        load_weights: bool,
-    ) -> None:
+    def __init__(self, config: TimmConfig, in_channels: int, load_weights: bool) -> None:
         super().__init__()
-        own_channels = in_channels if channel_policy == "averaged" else _ENCODER_CHANNELS
-        self.adapter = _adapter(in_channels, channel_policy)
-        self.network = _build_network(name, stages, own_channels, pretrained if load_weights else None)
+        name = config.encoder
+        own_channels = in_channels if config.channel_policy == "averaged" else _ENCODER_CHANNELS
+        self.adapter = _adapter(in_channels, config.channel_policy)
+        self.network = _build_network(name, config.stages, own_channels, config.pretrained if load_weights else None)
         for module in self.network.modules():
             # Some encoders (EfficientNet) keep 99 % of the running statistics a step, made for runs of 100 000 steps.
             # Here a run has a few hundred, and validation would normalise with what is left of the beginning.
@@ -51,14 +42,30 @@ class Encoder(nn.Module):
         )
         self.is_channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
         self._probe(name, own_channels)
-        self.input_range = input_range if pretrained else None
-        if pretrained:
-            expected = input_normalization(name, pretrained)
+        self.input_range = config.input_range if config.normalizes_input else None
+        if config.normalizes_input:
+            expected = input_normalization(name, config.pretrained)
             mean, std = torch.tensor(expected.mean), torch.tensor(expected.std)
             if own_channels != _ENCODER_CHANNELS:  # kernels were summed: one normalisation for all
                 mean, std = mean.mean().expand(own_channels).clone(), std.mean().expand(own_channels).clone()
             self.register_buffer("input_mean", mean.view(1, -1, 1, 1))
             self.register_buffer("input_std", std.view(1, -1, 1, 1))
+        self.is_frozen = False
+        self._trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def freeze(self, frozen: bool) -> None:
+        """While frozen, nothing in here changes: no gradient is computed, and `train` leaves it in evaluation mode.
+
+        Without a gradient no optimizer touches a weight (nor decays it, nor gathers momentum for the time after), the
+        clipped norm is that of the trained weights alone, and the pass backward through the encoder is saved.
+        """
+        self.is_frozen = frozen
+        for parameter in self._trained:
+            parameter.requires_grad_(not frozen)
+        self.train(not frozen)
+
+    def train(self, mode: bool = True) -> Encoder:
+        return super().train(mode and not self.is_frozen)
 
     def _probe(self, name: str, own_channels: int) -> None:
         """Sees that features lie where timm says, and freezes what they do not depend on.
@@ -120,7 +127,8 @@ class _DepthwiseConv(nn.Module):
         self.conv = conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"):
+        has_backward = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        if x.device.type == "cpu" and has_backward and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.conv(x.float()).to(x.dtype)  # type: ignore[no-any-return]
         return self.conv(x)  # type: ignore[no-any-return]
@@ -170,16 +178,16 @@ def _adapter(in_channels: int, policy: ChannelPolicy) -> nn.Module:
     )
 
 
-def _build_network(name: str, stages: int, in_channels: int, pretrained: str | None) -> Any:
-    """timm's feature extractor, cut after `stages` feature levels.
+def num_feature_levels(name: str) -> int:
+    """How many feature levels timm's encoder has, at growing strides. Raises ConfigError where it has none such."""
+    return len(_outline(name).feature_info.reduction())
 
-    Raises:
-        ConfigError: it gives no features at growing strides, fewer of them, or takes one image size only.
-    """
-    create = import_timm().create_model
+
+def _outline(name: str) -> Any:
+    """timm's feature extractor with all its levels: shapes alone, no memory and no random numbers."""
     try:
-        with torch.device("meta"):  # shapes alone, no memory and no random numbers
-            network = create(name, pretrained=False, features_only=True)
+        with torch.device("meta"):
+            network = import_timm().create_model(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"timm's '{name}' (model.encoder) gives no features ({error}): choose another encoder"
@@ -190,6 +198,18 @@ def _build_network(name: str, stages: int, in_channels: int, pretrained: str | N
             f"the features of '{name}' (model.encoder) lie at strides {', '.join(map(str, levels))} where growing ones "
             "are needed: choose a convolutional or hierarchical encoder, such as resnet18 or convnext_atto"
         )
+    return network
+
+
+def _build_network(name: str, stages: int, in_channels: int, pretrained: str | None) -> Any:
+    """timm's feature extractor, cut after `stages` feature levels.
+
+    Raises:
+        ConfigError: it gives no features at growing strides, fewer of them, or takes one image size only.
+    """
+    create = import_timm().create_model
+    network = _outline(name)
+    levels = network.feature_info.reduction()
     if stages > len(levels):
         raise ConfigError(f"model.stages is {stages}, but '{name}' has {len(levels)}: choose at most {len(levels)}")
     options: dict[str, Any] = {"features_only": True, "out_indices": tuple(range(stages)), "in_chans": in_channels}

@@ -24,10 +24,7 @@ class TimmUnet(nn.Module):
 
     def __init__(self, config: TimmConfig, in_channels: int, num_maps: int, load_weights: bool) -> None:
         super().__init__()
-        self.encoder = Encoder(
-            config.encoder, config.stages, in_channels, config.channel_policy, config.pretrained, config.input_range,
-            load_weights,
-        )  # fmt: skip
+        self.encoder = Encoder(config, in_channels, load_weights)
         self.stride = max(self.encoder.channels)
         num_doublings = self.stride.bit_length() - 1
         if len(config.decoder_channels) < num_doublings:
@@ -37,11 +34,14 @@ class TimmUnet(nn.Module):
             )
         self.dropout = nn.Dropout2d(config.dropout)
         widths = config.decoder_channels[len(config.decoder_channels) - num_doublings :]
-        self.stem = None if 1 in self.encoder.channels else conv_block(in_channels, _STEM_CHANNELS, 1, config.norm)
+        self.stem = None if 1 in self.encoder.channels else conv_block(in_channels, [_STEM_CHANNELS], config.norm)
         self.decoder = Decoder({1: _STEM_CHANNELS, **self.encoder.channels}, widths, config.decoder_convs, config.norm)
         num_channels = self.decoder.out_channels
+        head_widths = [
+            max(num_maps, round(num_channels * config.head_width_factor**n)) for n in range(1, config.head_convs + 1)
+        ]
         self.head = nn.Sequential(
-            conv_block(num_channels, num_channels, config.head_convs, config.norm), output_head(num_channels, num_maps)
+            conv_block(num_channels, head_widths, config.norm), output_head([num_channels, *head_widths][-1], num_maps)
         )
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:

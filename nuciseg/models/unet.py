@@ -20,7 +20,7 @@ class Unet(nn.Module):
             min(config.max_width, round(config.width * config.width_growth**level)) for level in range(config.depth + 1)
         ]
         self.down = nn.ModuleList(
-            conv_block(num_inputs, width, config.num_convs, config.norm)
+            conv_block(num_inputs, [width] * config.num_convs, config.norm)
             for num_inputs, width in zip([in_channels, *widths], widths, strict=False)
         )
         self.dropout = nn.Dropout2d(config.dropout)

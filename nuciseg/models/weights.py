@@ -41,13 +41,32 @@ def check_weights_package(encoder: str) -> str:
     return package
 
 
-def input_normalization(encoder: str, pretrained: str) -> InputNormalization:
-    """How the weights want their input, known without loading them."""
+def describe_weights(encoder: str, pretrained: str | None) -> str:
+    """Where the weights come from, in words; they need not be there."""
+    match pretrained:
+        case None:
+            return "from scratch"
+        case "hub":
+            return f"pretrained, from the hub ({import_timm().get_pretrained_cfg(encoder).hf_hub_id})"
+        case "package":
+            return f"pretrained, from the installed package {check_weights_package(encoder)}"
+    return f"pretrained, from the file {pretrained}"
+
+
+def input_normalization(encoder: str, pretrained: str | None) -> InputNormalization:
+    """How the weights want their input, known without loading them; without weights: as timm's own do.
+
+    Raises:
+        ConfigError: timm has no weights of this encoder.
+    """
     if pretrained == "package":  # (value - 127) / 128 of 0..255, as these were trained in TensorFlow
         return InputNormalization(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     cfg = import_timm().get_pretrained_cfg(encoder)
     if cfg is None:
-        raise ConfigError(f"timm knows no pretrained weights of '{encoder}' (model.pretrained): choose another encoder")
+        raise ConfigError(
+            f"timm knows no pretrained weights of '{encoder}', so not how their input was normalised "
+            "(model.input_normalization): set it to false, or choose another encoder"
+        )
     return InputNormalization(mean=tuple(cfg.mean), std=tuple(cfg.std))
 
 

@@ -124,6 +124,26 @@ def test_a_search_is_not_resumed_as_a_run_nor_a_run_as_a_search(capsys: pytest.C
     assert "runs/search is a search, not a training run; resume it with `nuciseg tune`" in capsys.readouterr().err
 
 
+def test_the_summary_shows_the_network_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--model.kind", "timm", "--model.encoder", "resnet10t", "--model.pretrained", "hub", "--model.stages", "3")
+    words = ("--data.root", "nowhere", "--data.crop_px", "96", "--optim.frozen_encoder_epochs", "1")
+    assert answer("--summary", *model, *words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("timm resnet10t, 3 stages, stride 8, one grey image of 96x96 px")
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in said.out.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["encoder 3"][:3]] == ["8", "128", "230,144"]
+    assert [rows[f"encoder {n}"][-1].strip() for n in range(1, 6)] == ["skip", "skip", "deepest", *["left out"] * 2]
+    for part in ("weights: pretrained, from the hub (timm/resnet10t.", "three times (model.channel_policy copy)",
+                 "then normalised for the encoder (mean 0.485 ", "frozen for the first 1 of 20 epochs"):  # fmt: skip
+        assert part in said.out
+    assert not Path("runs").exists()
+    assert answer("--summary", "--resume", "runs/a") == 2
+    assert "give --config runs/a/config.yaml" in capsys.readouterr().err
+    assert answer("--summary", *model[:-1], "6") == 2
+    assert "'resnet10t' has 5: choose at most 5" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_ends_with_one_sentence_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     explosive = ("--optim.kind", "sgd", "--optim.lr", "100", "--optim.weight_decay", "10", "--train.clip_norm", "null",
                  "--model.norm", "none", "--run.name", "a")  # fmt: skip

@@ -34,7 +34,7 @@ SYNTHETIC = SyntheticConfig(nuclei_per_cluster=(2, 2))
 class ForegroundTarget:
     """The smallest target there is."""
 
-    map_names, border_index = ("foreground",), 0
+    map_names = ("foreground",)
 
     def encode(self, labels_HW: np.ndarray) -> np.ndarray:
         return (labels_HW > 0)[None].astype(np.float32)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_workers import SPAWN, on_workers
 from small_runs import assert_same_run, figures, last_checkpoint, open_data, run, small_config, wait_until
 
 from nuciseg.config import Config
@@ -27,8 +24,6 @@ from nuciseg.engine.network import load_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError
 from nuciseg.metrics import Scores
 from nuciseg.optim import learning_rate_at
-
-SPAWN = multiprocessing.get_context("spawn")  # what Ray's workers are: processes that inherit nothing
 
 
 class InterruptedOnPurposeError(Exception):
@@ -206,46 +201,6 @@ def test_validation_and_the_checkpoint_use_the_averaged_weights(tmp_path: Path) 
 
 
 # --- several workers -------------------------------------------------------------------------------------------------
-
-
-def _as_worker(
-    rank: int, world_size: int, rendezvous: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    # A file, so that no two tests can want the same port; a worker that waits longer hangs.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}/meet",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=200),
-    )
-    result = work(Place(rank, world_size), *arguments)
-    written = rendezvous / f"result-{rank}.part"
-    written.write_bytes(pickle.dumps(result))
-    written.rename(rendezvous / f"result-{rank}")
-    # Nobody hangs up while another still talks: gloo's own threads then end the process with SIGABRT, now and then.
-    wait_until(lambda: len(list(rendezvous.glob("result-?"))) == world_size, "the results of all workers", limit_s=60)
-    dist.destroy_process_group()
-
-
-def on_workers(world_size: int, rendezvous: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(place, *arguments)` gives on each of `world_size` processes that are joined by gloo."""
-    rendezvous.mkdir()
-    processes = [
-        SPAWN.Process(target=_as_worker, args=(rank, world_size, rendezvous, work, arguments))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, "workers wait for each other"
-    assert [process.exitcode for process in processes] == [0] * world_size
-    return [pickle.loads((rendezvous / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
 def _train_and_note_ids(place: Place, config: Config, run_dir: Path) -> list[str]:

