@@ -123,7 +123,7 @@ def test_the_learning_rate_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_run_of_other_images_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(InterruptedOnPurposeError):
         run(small_config(), tmp_path, on_epoch=interrupt_after(1))
-    with pytest.raises(CheckpointError, match=r"data\.split_seed changed; start a new run"):
+    with pytest.raises(CheckpointError, match=r"data\.validation_fraction, split_seed, .* changed; begin anew"):
         run(small_config(**{"data.split_seed": 1}), tmp_path)
 
 
