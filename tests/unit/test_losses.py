@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,6 +27,11 @@ ALL_LOSSES: list[dict[str, Any]] = [
         "focal": {"gamma": 1.5, "map_weights": (1.0, 1.0)},
     },
 ]
+
+
+def test_every_kind_is_held_to_the_contract() -> None:
+    kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in get_args(get_args(LossConfig)[0])}
+    assert {config["kind"] for config in ALL_LOSSES} == kinds
 
 
 def make_loss(values: dict[str, Any]) -> Loss:
