@@ -60,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_found = len(instances.confidences_N)
         num_nuclei += num_found
         doubtful += bool(instances.num_open_borders)
-        flag = f", {instances.num_open_borders} borders open: look at it" if instances.num_open_borders else ""
+        flag = f", open borders: {instances.num_open_borders}, look at it" if instances.num_open_borders else ""
         print(f"{path}: {num_found} nuclei{flag}")
     done = len(paths) - failed
     print(f"{num_nuclei} nuclei in {done} images, written to {args.out} (checkpoint {checkpoint_path})")
     if doubtful:
-        print(f"{doubtful} images have borders that do not close, flagged above: their nuclei may be cut wrongly")
+        print(f"images whose borders do not close, flagged above, may be cut wrongly: {doubtful}")
     if failed:
         raise DataError(f"{failed} of {len(paths)} images could not be predicted (reasons above); the rest is done")
 

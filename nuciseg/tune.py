@@ -82,7 +82,6 @@ def config_files(paths: Sequence[Path]) -> list[Path]:
 def _read(flags: CliSettingsSource[Any], args: argparse.Namespace, file: Path | None) -> Config:
     from nuciseg.config import config_from_args
 
-    args = argparse.Namespace(**{**vars(args), "config": None})
     return config_from_args(flags, args, DEFAULT_SEARCH if file is None else {}, file=file)
 
 

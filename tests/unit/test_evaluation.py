@@ -18,9 +18,11 @@ from nuciseg.config import DataConfig
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
 from nuciseg.engine.checkpoint import load_checkpoint, save_checkpoint
 from nuciseg.engine.datasets import open_samples, open_split_samples
+from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.evaluation import EvaluationResult, default_out, evaluate_checkpoint
-from nuciseg.engine.inference import score_samples
+from nuciseg.engine.inference import predict_probabilities, score_samples
 from nuciseg.engine.network import load_network
+from nuciseg.engine.refinement import count_open_borders
 from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_image, read_labels, write_labels_tiff, write_png
 from nuciseg.metrics import Scores, score_image
@@ -92,6 +94,19 @@ def test_baselines_stand_beside_with_the_same_figures(evaluated: EvaluationResul
             by_hand.append(score_image(id, instances.labels_HW, sample.labels_HW, border_HW, truth_HW))
         assert report["baselines"][name] == Scores.total(by_hand).summary()
     assert report["baselines"]["all_black"]["clusters_separated"] == 0
+
+
+def test_other_markings_and_open_borders_are_told(evaluated: EvaluationResult, tiny_checkpoint: Path) -> None:
+    network, loaded = load_network(tiny_checkpoint, CPU)
+    samples = open_samples(loaded.config.data, "test")
+    indices = range(len(samples))
+    by_hand = {name: scores.summary() for name, scores in scores_by_marking(network, samples, indices).items()}
+    assert report_of(evaluated)["by_marking"] == json.loads(json.dumps(by_hand))
+    expected = {
+        found.id: str(count_open_borders(network.target, found.maps_KHW))
+        for found in predict_probabilities(network, samples, indices)
+    }
+    assert {row["id"]: row["open_borders"] for row in rows_of(evaluated)} == expected
 
 
 def test_the_labels_written_give_the_scores_again(evaluated: EvaluationResult, tiny_checkpoint: Path) -> None:

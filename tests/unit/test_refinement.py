@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,12 @@ import torch
 from nuciseg.config import Config
 from nuciseg.data.dataset import NORMALIZED_RANGE
 from nuciseg.data.markings import draw_border, part_of
-from nuciseg.engine.datasets import open_training_set
+from nuciseg.engine.datasets import open_samples, open_training_set
+from nuciseg.engine.inference import predict_probabilities
+from nuciseg.engine.network import load_network
 from nuciseg.engine.refinement import count_open_borders, refined
+from nuciseg.images import write_png
+from nuciseg.predict import main as predict
 from nuciseg.targets import TouchingBorderConfig, build_target
 
 TARGET = build_target(TouchingBorderConfig())
@@ -48,6 +55,31 @@ def test_a_border_that_is_asked_for_again_grows_until_it_closes() -> None:
     assert [len(each) for each in asked] == [2, 1]
     assert not images[0, 0, 20:].any()
     assert np.array_equal(final, np.stack([maps(40)] * 2))
+
+
+def test_a_loaded_network_looks_as_often_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> None:
+    network, loaded = load_network(tiny_checkpoint, torch.device("cpu"))
+    assert network.rounds == 0
+    samples = open_samples(loaded.config.data, "test")
+    looks: list[int] = []
+    network.model.register_forward_hook(lambda *_: looks.append(1))
+    monkeypatch.setattr("nuciseg.engine.refinement.count_open_borders", lambda *_: 1)  # never closed
+    for rounds in (0, 2):
+        looks.clear()
+        list(predict_probabilities(replace(network, rounds=rounds), samples, [0]))
+        assert len(looks) == 1 + rounds
+
+
+def test_an_open_border_is_flagged_for_a_person_to_look_at(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.png"
+    write_png(path, np.full((64, 64), 90, np.uint8))
+    monkeypatch.setattr("nuciseg.engine.prediction.count_open_borders", lambda *_: 2)
+    predict(["--checkpoint", str(tiny_checkpoint), str(path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert " nuclei, open borders: 2, look at it" in said
+    assert "flagged above, may be cut wrongly: 1" in said
 
 
 def test_training_shows_parts_of_the_true_border() -> None:
