@@ -94,19 +94,6 @@ def depth_px(mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
     return np.asarray(cv2.distanceTransform(padded_HW, cv2.DIST_L2, 5))[1:-1, 1:-1]
 
 
-def all_mostly_left(labels_HW: NDArray[np.int32], areas_before_N: NDArray[np.int64], min_share: float) -> bool:
-    """Whether of each nucleus 1..N at least `min_share` of its area is still there, in one piece."""
-    num_nuclei = areas_before_N.size
-    areas_N = np.bincount(labels_HW.ravel(), minlength=num_nuclei + 1)[1:]
-    if np.any(areas_N < min_share * areas_before_N):
-        return False
-    return all(
-        cv2.connectedComponents((labels_HW == label).astype(np.uint8), connectivity=4)[0] == 2
-        for label in range(1, num_nuclei + 1)
-        if areas_before_N[label - 1]
-    )
-
-
 def areas_px(labels_HW: NDArray[np.int32]) -> NDArray[np.int64]:
     """Pixels of each nucleus 1..N."""
     return np.bincount(labels_HW.ravel())[1:].astype(np.int64)

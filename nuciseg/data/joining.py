@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuciseg.data.cutouts import (
-    all_mostly_left,
     areas_px,
     depth_px,
     draw_cutout,
@@ -133,7 +132,7 @@ def _composed(
         below.labels_HW,
     ).astype(np.int32)
     areas_N = np.concatenate([areas_px(first.labels_HW), areas_px(second.labels_HW)])
-    if not all_mostly_left(labels_HW, areas_N, MIN_SEEN_SHARE):
+    if not _mostly_seen(labels_HW, areas_N):
         return None
 
     brightness = math.exp(SPREAD_OF_BRIGHTNESS * rng.standard_normal()) * _median(first) / _median(second)
@@ -167,3 +166,16 @@ def _layer(sample: Sample, shape: tuple[int, int], corner: tuple[int, int]) -> _
 def _median(sample: Sample) -> float:
     values = sample.image_HWC[within_line(sample)].astype(np.float32)
     return max(float(np.median(values)), 1.0) if values.size else 1.0
+
+
+def _mostly_seen(labels_HW: NDArray[np.int32], areas_before_N: NDArray[np.int64]) -> bool:
+    """Whether most of each nucleus 1..N is still there, in one piece."""
+    num_nuclei = areas_before_N.size
+    areas_N = np.bincount(labels_HW.ravel(), minlength=num_nuclei + 1)[1:]
+    if np.any(areas_N < MIN_SEEN_SHARE * areas_before_N):
+        return False
+    return all(
+        cv2.connectedComponents((labels_HW == label).astype(np.uint8), connectivity=4)[0] == 2
+        for label in range(1, num_nuclei + 1)
+        if areas_before_N[label - 1]
+    )
