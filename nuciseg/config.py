@@ -247,8 +247,34 @@ def _layered(base: Mapping[str, Any], path: Path | None, flags: Mapping[str, Any
         raise
 
 
+EXTENDS = "extends"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ConfigError where there is none."""
+    """The mapping in a YAML file, put over that of the file it `extends`, if any; raises ConfigError.
+
+    `extends: FILE` names a file beside it, or by a path from there; what both set counts as the file itself has it.
+    """
+    return _read_extended(path, ())
+
+
+def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """`extending` are the files that led here, so that a circle of them is noticed."""
+    values = _read_mapping(path)
+    name = values.pop(EXTENDS, None)
+    if name is None:
+        return values
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: {EXTENDS} takes the path of one YAML file, found {name!r}")
+    other, known = path.parent / name, (*extending, path.resolve())
+    if other.resolve() in known:
+        raise ConfigError(f"{path}: {EXTENDS} {name} leads back to a file that extends it; take the line out of one")
+    if not other.is_file():
+        raise ConfigError(f"{path}: {EXTENDS} {name}, but there is no file {other}")
+    return merged(_read_extended(other, known), values)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
