@@ -87,7 +87,7 @@ class TrainConfig(Section):
 
 
 class InferenceConfig(Section):
-    """How a finished network is asked; validation after each epoch asks once."""
+    """How a finished network is asked; validation after each epoch asks for one view."""
 
     num_views: Literal[1, 2, 4, 8] = Field(
         1, description="turned and mirrored copies of an image whose probabilities are averaged"

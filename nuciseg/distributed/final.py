@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
@@ -16,7 +14,6 @@ from nuciseg.engine.datasets import format_of, open_samples, refuse_smaller_than
 from nuciseg.engine.evaluation import EvaluationResult, SplitName, default_out, evaluate_checkpoint
 from nuciseg.engine.network import stride_of
 from nuciseg.engine.precision import local_device
-from nuciseg.errors import writing
 
 
 def check_test_images(config: Config) -> None:
@@ -33,7 +30,7 @@ def train_final(config: Config, search_dir: Path, trial_dir: Path, *, verbose: b
     """
     run_dir = search_dir / "final"
     if CheckpointStore(run_dir).last is None and num_epochs(trial_dir) >= config.train.epochs:
-        _copy_whole(CheckpointStore(trial_dir).folder, CheckpointStore(run_dir).folder)
+        CheckpointStore(run_dir).take_over(CheckpointStore(trial_dir))
     identity = train_identity(config, run_dir, search_dir.name)
     with followed(run_dir, config.train.epochs, config.train.metric):
         run_training(Job(config, run_dir.resolve(), identity, verbose))
@@ -44,15 +41,6 @@ def num_epochs(run_dir: Path) -> int:
     """For how many epochs the run has been trained."""
     last = CheckpointStore(run_dir).last
     return load_checkpoint(last).progress.epoch if last is not None else 0
-
-
-def _copy_whole(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.copy")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, temporary)
-        os.rename(temporary, target)
 
 
 def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:

@@ -29,6 +29,7 @@ from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
 from nuciseg.distributed.training import fit_workers, reported
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, describe, plain_values
+from nuciseg.distributed.twins import take_over_twin
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.datasets import check_data
@@ -149,6 +150,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     except NucisegError as error:
         note_failure(run_dir, error)
         raise
+    take_over_twin(job, plan.folder)
     if job.config.scale.num_workers > 1:
         fit_workers(job, plan.need, callbacks=[TuneReportCallback()])
         # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.

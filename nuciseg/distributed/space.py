@@ -46,7 +46,7 @@ _NOT_SEARCHED = {
     "winner",
     "train.metric": "trials are ranked by one score, so set it in the base configuration",
     "train.calibrate": "only the winner is calibrated, so set it in the base configuration",
-    "inference": "trials are validated with one view, so set it in the base configuration",
+    "inference.num_views": "trials are validated with one view, so set it in the base configuration",
     **dict.fromkeys(
         (
             *("data.root", "data.format", "data.cache_dir", "data.synthetic", "data.pool_test"),

@@ -192,6 +192,15 @@ class CheckpointStore:
                 shutil.rmtree(other)
             os.replace(temporary, path)
 
+    def take_over(self, other: CheckpointStore) -> None:
+        """Copy all checkpoints of another run into this one, which has none. Raises ResourceError."""
+        temporary = self.folder.with_name(f".{self.folder.name}.copy")
+        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
+        with writing(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(other.folder, temporary)
+            os.rename(temporary, self.folder)
+
     @property
     def last(self) -> Path | None:
         """The newest checkpoint, or None before the first."""

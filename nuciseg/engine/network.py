@@ -36,14 +36,15 @@ class Network:
 
 
 def build_network(config: Config, in_channels: int, device: torch.device, *, load_pretrained: bool = True) -> Network:
-    """A fresh network on `device`; without `load_pretrained` its weights are to be replaced by a checkpoint's."""
+    """A fresh network on `device`, asked for one view, as training validates it; without `load_pretrained` its weights
+    are to be replaced by a checkpoint's."""
     target = build_target(config.target)
     model = build_model(config.model, in_channels, len(target.map_names), load_weights=load_pretrained).to(device)
     set_initial_probabilities(model, target.typical_shares)
     precision = choose_precision(config.train, device)
     if precision.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Network(model, target, config, precision, in_channels)
+    return Network(model, target, config, precision, in_channels, rounds=config.inference.rounds)
 
 
 def stride_of(config: Config) -> int:
@@ -82,5 +83,4 @@ def load_network(folder: Path, device: torch.device, target: TargetConfig | None
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: the weights do not fit the configuration beside them ({error})") from None
     network.model.eval()
-    inference = config.inference
-    return replace(network, num_views=inference.num_views, rounds=inference.rounds), checkpoint
+    return replace(network, num_views=config.inference.num_views), checkpoint

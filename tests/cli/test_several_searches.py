@@ -12,6 +12,8 @@ import yaml
 from small_runs import SMALL
 
 from nuciseg.config import load_config, merged
+from nuciseg.distributed.twins import TWIN_FILE
+from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.errors import ConfigError
 from nuciseg.report import main as report
 from nuciseg.tracking import read_identity
@@ -34,6 +36,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "q").mkdir()
     (folder / "q" / "rates.yaml").write_text(yaml.safe_dump(question("optim.lr", 0.05, 0.01)))
     (folder / "q" / "seeds.yaml").write_text(yaml.safe_dump(question("seed", 0)))
+    (folder / "q" / "slower.yaml").write_text(yaml.safe_dump(question("optim.lr", 0.01, 0.005)))
     return folder
 
 
@@ -46,7 +49,7 @@ def searched(questions: Path) -> str:
 
 def test_each_file_is_searched_in_its_own_folder_and_all_in_one_group(questions: Path, searched: str) -> None:
     folder = questions / "runs" / "both"
-    for name, num_trials in (("rates", 2), ("seeds", 1)):
+    for name, num_trials in (("rates", 2), ("seeds", 1), ("slower", 2)):
         trials = json.loads((folder / name / "results.json").read_text())
         assert len(trials) == num_trials
         assert all(trial["failure"] is None for trial in trials)
@@ -54,10 +57,10 @@ def test_each_file_is_searched_in_its_own_folder_and_all_in_one_group(questions:
             identity = read_identity(folder / name / trial["id"])
             assert identity is not None
             assert identity.group == "both"
-    assert searched.index("rates, search 1 of 2") < searched.index("seeds, search 2 of 2")
+    assert searched.index("rates, search 1 of 3") < searched.index("seeds, search 2 of 3")
     assert "differs: optim.lr; same: images, split 0, 1 epochs, seed 0" in searched
     assert "differs: seed; same: images, split 0, 1 epochs\n" in searched
-    assert f"all 2 searches: {Path('runs') / 'both'}" in searched
+    assert f"all 3 searches: {Path('runs') / 'both'}" in searched
 
 
 def test_the_report_of_the_folder_shows_every_search(questions: Path, searched: str) -> None:
@@ -65,6 +68,24 @@ def test_the_report_of_the_folder_shows_every_search(questions: Path, searched: 
     report([str(folder)])
     page = (folder / "report.html").read_text()
     assert all(f"<h2>{name}: trials</h2>" in page for name in ("rates", "seeds"))
+
+
+def test_a_trial_that_another_search_has_trained_is_taken_over(questions: Path, searched: str) -> None:
+    folder = questions / "runs" / "both"
+    trained, taken = (
+        {trial["sample"]["optim.lr"]: trial for trial in json.loads((folder / name / "results.json").read_text())}
+        for name in ("rates", "slower")
+    )
+    twin, original = folder / "slower" / taken[0.01]["id"], folder / "rates" / trained[0.01]["id"]
+    note = json.loads((twin / TWIN_FILE).read_text())
+    assert (twin / note["trained_in"]).resolve() == original.resolve()
+    assert (twin / "metrics.jsonl").read_text() == (original / "metrics.jsonl").read_text()  # times included
+    assert taken[0.01]["score"] == trained[0.01]["score"]
+    assert load_checkpoint(find_checkpoint(twin)).scores == load_checkpoint(find_checkpoint(original)).scores
+    assert read_identity(twin) == read_identity(original)
+    assert load_config(twin / "config.yaml").search == load_config(folder / "slower.yaml").search
+    assert not (folder / "slower" / taken[0.005]["id"] / TWIN_FILE).exists()
+    assert not (original / TWIN_FILE).exists()
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_none_and_booleans_can_be_chosen() -> None:
         ({"data.synthetic.overlap": {"choice": [0.1, 0.2]}}, "data.synthetic cannot be searched"),
         (
             {"inference.num_views": {"choice": [1, 8]}},
-            "inference cannot be searched: trials are validated with one view",
+            "inference.num_views cannot be searched: trials are validated with one view",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -55,6 +55,39 @@ def test_a_verbs_own_base_loses_to_yaml(tmp_path: Path) -> None:
     assert (config.train.epochs, config.train.patience) == (7, 4)
 
 
+def test_a_file_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "recipe.yaml").write_text(
+        "optim: {lr: 0.5, weight_decay: 0.25}\nmodel: {kind: timm, stages: 2}\nsearch: {space: {seed: {choice: [0]}}}"
+    )
+    (tmp_path / "budget.yaml").write_text("extends: recipe.yaml\ntrain: {epochs: 7}\noptim: {lr: 0.125}")
+    path = tmp_path / "questions" / "which.yaml"
+    path.write_text("extends: ../budget.yaml\nmodel: {kind: unet}\nsearch: {space: {optim.lr: {choice: [0.1]}}}")
+    config = load_config(path)
+    assert (config.optim.lr, config.optim.weight_decay, config.train.epochs) == (0.125, 0.25, 7)
+    assert config.model == Config().model  # another kind starts afresh, as with flags
+    assert set(config.search.space) == {"optim.lr"}
+    assert from_command_line("--config", str(path), "--train.epochs", "3").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("extends", "sentence"),
+    [
+        ("recipe.yml", r"which\.yaml: extends recipe\.yml, but there is no file .*recipe\.yml$"),
+        ("[a, b]", r"extends takes the path of one YAML file, found \['a', 'b'\]$"),
+        ("which.yaml", r"extends which\.yaml leads back to a file that extends it; take the line out of one$"),
+        ("circle.yaml", r"circle\.yaml: extends which\.yaml leads back to a file that extends it"),
+        ("broken.yaml", r"broken\.yaml.*: not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_extended_is_named(extends: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "circle.yaml").write_text("extends: which.yaml")
+    (tmp_path / "broken.yaml").write_text("optim: {lr")
+    (tmp_path / "which.yaml").write_text(f"extends: {extends}")
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(tmp_path / "which.yaml")
+
+
 @pytest.mark.parametrize("word", ["none", "null"])
 def test_none_in_words_is_no_value_where_there_may_be_none(word: str, tmp_path: Path) -> None:
     config = from_command_line("--train.clip_norm", word, "--model.kind", "timm", "--model.pretrained", word)
