@@ -131,9 +131,9 @@ def best_row(history: Sequence[Row], metric: str) -> Row | None:
 def _read_run(folder: Path, name: str | None = None) -> RunRecord:
     config = load_config(folder / CONFIG_FILE)
     history = tuple(read_metrics(folder / METRICS_FILE))
-    finished = _read_json(folder / FINISHED_FILE, "scores")
-    images = _read_json(folder / VALIDATION_FILE) or ()
-    split = _read_json(folder / SPLIT_FILE, "hash")
+    finished = read_json(folder / FINISHED_FILE, "scores")
+    images = read_json(folder / VALIDATION_FILE) or ()
+    split = read_json(folder / SPLIT_FILE, "hash")
     failure = noted_failure(folder)
     return RunRecord(
         name=name or folder.resolve().name,
@@ -153,7 +153,7 @@ def _read_evaluations(folder: Path) -> list[EvaluationRecord]:
     """Those that lie in the run's folder, the test images first."""
     found = []
     for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
-        figures = _read_json(path, "split", "split_hash", "data", "clusters_separated", "baselines")
+        figures = read_json(path, "split", "split_hash", "data", "clusters_separated", "baselines")
         assert figures is not None  # it was just listed
         images = path.with_name(IMAGES_FILE)
         try:
@@ -186,7 +186,7 @@ def _read_search(folder: Path) -> SearchRecord:
 
 def _read_results(path: Path) -> dict[str, Trial]:
     """The trials that the search ranked at its end, by id; none before that."""
-    rows = _read_json(path)
+    rows = read_json(path)
     try:
         trials = [Trial(**{**row, "sample": plain_values(row["sample"])}) for row in rows or ()]
     except (TypeError, KeyError, AttributeError) as error:
@@ -203,7 +203,7 @@ def _read_trial(folder: Path, search: Config, result: Trial | None) -> TrialReco
         return TrialRecord(result, run)
     best = best_row(history, search.train.metric)
     failure = noted_failure(folder)
-    sample = _read_json(folder / SAMPLE_FILE) or {}
+    sample = read_json(folder / SAMPLE_FILE) or {}
     trial = Trial(
         id=folder.name,
         sample=plain_values(sample),
@@ -216,7 +216,7 @@ def _read_trial(folder: Path, search: Config, result: Trial | None) -> TrialReco
     return TrialRecord(trial, run)
 
 
-def _read_json(path: Path, *keys: str) -> Any:
+def read_json(path: Path, *keys: str) -> Any:
     """What lies in `path`, None where it does not exist. Raises DataError where it is damaged or lacks a key."""
     if not path.exists():
         return None
