@@ -17,6 +17,7 @@ VERBS = {
     "predict": "write a label image and a picture with outlined nuclei for each image",
     "cut": "cut clusters of touching nuclei out of labelled fields, as a data set to train on",
     "report": "write a page of runs and searches: ranked, compared, with curves and pictures",
+    "study": "write a page of questions, each answered by a finished search, from what is kept of them",
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from made_studies import SIX_TRIALS, write_grid, write_question
 
 from nuciseg.__main__ import VERBS
 from nuciseg.config import known_keys
@@ -129,6 +130,14 @@ def test_report(workplace: Workplace, checkpoint: Path) -> None:
     run_dir = checkpoint.parent.parent
     workplace.run(re.sub(r"\bRUN\b", str(run_dir), example("report")))
     assert (run_dir / "report.html").exists()
+
+
+def test_study(tmp_path: Path) -> None:
+    """In a folder of its own: the answers are written into the searches' YAML files, which are linked elsewhere."""
+    write_question(tmp_path / "tune_configs", "optimizer")
+    write_grid(tmp_path / "searches" / "optimizer", SIX_TRIALS)
+    Workplace(tmp_path, tmp_path).run(example("study").replace("SEARCHES", "searches/optimizer"))
+    assert "## Optimizer" in (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

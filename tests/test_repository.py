@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import nuciseg
+from nuciseg.reporting.study import write_study
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
@@ -126,6 +127,19 @@ def anchors(document: Path) -> set[str]:
     """The anchors that a Markdown viewer makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_study_is_what_the_command_makes_of_its_records(tmp_path: Path) -> None:
+    """Page and answers are never written by hand: a record, a question or a sentence of the page that changes alone."""
+    if not list((ROOT / "docs" / "study").glob("*.json")):
+        pytest.skip("there are no records of a study yet")
+    shutil.copytree(ROOT / "docs" / "study", tmp_path / "docs" / "study")
+    shutil.copytree(ROOT / "tune_configs", tmp_path / "tune_configs")
+    write_study([], None, tmp_path / "docs", tmp_path / "tune_configs")
+    places = ["docs/study.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "tune_configs").rglob("*.yaml"))]
+    changed = [place for place in places if (tmp_path / place).read_bytes() != (ROOT / place).read_bytes()]
+    assert not changed, f"run `python -m nuciseg.study`, which would change {changed}"
+    assert (ROOT / "docs" / "images" / "study.png").exists()
 
 
 def test_ray_accepts_the_cluster_file() -> None:

@@ -183,6 +183,7 @@ def _trial_of(each: TrialRecord, search: SearchRecord) -> StudyTrial:
     config = run.config if run is not None else search.config
     seed = sample.pop(SEED_KEY, config.seed)
     fold = sample.pop(FOLD_KEY, None)
+    failure = each.trial.failure or (run.failure if run is not None else None)
     last = each.history[-1] if each.history and each.state != "failed" else None
     return StudyTrial(
         arm=_without_folders(sample),
@@ -197,7 +198,7 @@ def _trial_of(each: TrialRecord, search: SearchRecord) -> StudyTrial:
         epochs=len(each.history),
         train_s=round(sum(float(row.get("train_s") or 0) for row in each.history), 1),
         num_parameters=count_parameters(run.config) if run is not None else None,
-        failure=None if each.trial.failure is None else _without_folders(each.trial.failure),
+        failure=_without_folders(failure),
     )  # fmt: skip
 
 
