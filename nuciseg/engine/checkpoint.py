@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nuciseg.config import Config, parse_config
+from nuciseg.engine.shipped import describe_shipped, is_shipped_name, shipped_folder
 from nuciseg.errors import CheckpointError, ConfigError, ResourceError, writing
 
 SCHEMA_VERSION = 1
@@ -117,9 +118,11 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
         metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
         version = metadata["schema_version"]
     except OSError:
-        raise CheckpointError(f"{folder} is not a checkpoint (it has no {METADATA_FILE}); {_HOW_TO_NAME_ONE}") from None
+        raise CheckpointError(
+            f"{folder} is not a checkpoint (it has no {METADATA_FILE}); {_how_to_name_one()}"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{metadata_path} is truncated or no checkpoint's; {_HOW_TO_NAME_ONE}") from None
+        raise CheckpointError(f"{metadata_path} is truncated or no checkpoint's; {_how_to_name_one()}") from None
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder} has checkpoint schema {version}, this nuciseg reads schema {SCHEMA_VERSION}; "
@@ -224,19 +227,23 @@ class CheckpointStore:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, a run's best one, or the best one of a search's final run.
+    """The checkpoint folder that `path` means: itself, a run's best one, the best one of a search's final run, or
+    `nuciseg/NAME`: weights that come with the package.
 
-    Raises CheckpointError where there is none.
+    A run of that name counts more than the package's weights; a folder without a checkpoint does not, because where
+    nuciseg is checked out there is a folder `nuciseg`. Raises CheckpointError where there is none.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; {_HOW_TO_NAME_ONE}")
     if (path / METADATA_FILE).exists():
         return path
     for run_dir in (path, path / "final"):
         best = CheckpointStore(run_dir).best
         if best is not None:
             return best
-    raise CheckpointError(f"{path} is not a checkpoint and holds none; {_HOW_TO_NAME_ONE}")
+    if is_shipped_name(path):
+        return shipped_folder(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; {_how_to_name_one()}")
+    raise CheckpointError(f"{path} is not a checkpoint and holds none; {_how_to_name_one()}")
 
 
 def disk_need_bytes(num_parameters: int) -> int:
@@ -262,7 +269,11 @@ def _progress_in(folder: Path) -> dict[str, Any]:
     return progress
 
 
-_HOW_TO_NAME_ONE = "give a run's folder, or a folder under its checkpoints/"
+def _how_to_name_one() -> str:
+    return (
+        "give a run's folder, a folder under its checkpoints/, or the name of weights that come with nuciseg "
+        f"({describe_shipped()})"
+    )
 
 
 def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Tensor]:
