@@ -1,6 +1,7 @@
 """Score a checkpoint on images with known nuclei, beside what no network at all would score.
 
 python -m nuciseg.evaluate --checkpoint runs/RUN --data.root DIR --split test
+python -m nuciseg.evaluate --checkpoint nuciseg/separator --data.root DIR
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, run_verb
+from nuciseg.engine.shipped import describe_shipped, is_shipped
+from nuciseg.errors import ConfigError
 
 if TYPE_CHECKING:
     from nuciseg.config import Config
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.engine.precision import local_device
 
     checkpoint = find_checkpoint(args.checkpoint)
+    if is_shipped(checkpoint) and args.data_root is None:
+        raise ConfigError(f"{args.checkpoint} comes without images; give the folder of yours with --data.root DIR")
     config = _with_flags(load_checkpoint(checkpoint).config, args)
     out = args.out or default_out(checkpoint, args.split)
     _check_log(out, config)
@@ -74,7 +79,6 @@ def print_result(result: EvaluationResult) -> None:
 
 def _check_log(out: Path, config: Config) -> None:
     """Raise ConfigError, before anything is scored, where the result could not be logged."""
-    from nuciseg.errors import ConfigError
     from nuciseg.tracking import read_identity, wandb_mode
 
     earlier = read_identity(out)
@@ -151,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--checkpoint", type=Path, required=True, metavar="PATH",
-        help="a run's folder (its best checkpoint is taken) or one checkpoint's (path, required)",
+        help="a run's folder (its best checkpoint is taken), one checkpoint's, or the name of weights that come with "
+        f"nuciseg: {describe_shipped()} (path or name, required)",
     )  # fmt: skip
     add(
         "--split", choices=SPLITS, default="test",
@@ -159,11 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--out", type=Path, metavar="DIR",
-        help="folder to write to (path, default: evaluation-SPLIT in the run's folder)",
+        help="folder to write to (path, default: evaluation-SPLIT in the run's folder; for weights that come with "
+        "nuciseg evaluation-NAME-SPLIT in the current one)",
     )  # fmt: skip
     add(
         "--data.root", dest="data_root", type=Path, metavar="DIR",
-        help="folder of the data (path, default: what the checkpoint was trained on)",
+        help="folder of the data (path, default: what the checkpoint was trained on; weights that come with nuciseg "
+        "have no default)",
     )  # fmt: skip
     add(
         "--data.format", dest="data_format", metavar="NAME",

@@ -1,5 +1,6 @@
 """Separate the nuclei of images: a label TIFF and a picture with outlined nuclei for each.
 
+python -m nuciseg.predict --checkpoint nuciseg/separator images/*.png --out labels
 python -m nuciseg.predict --checkpoint runs/RUN images/*.png --out labels
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nuciseg.cli import Parser, run_verb
+from nuciseg.engine.shipped import describe_shipped
 from nuciseg.errors import DataError
 
 if TYPE_CHECKING:
@@ -130,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="PATH",
-        help="a run's folder (its best checkpoint is taken) or one checkpoint's (path, required)",
+        help="a run's folder (its best checkpoint is taken), one checkpoint's, or the name of weights that come with "
+        f"nuciseg: {describe_shipped()} (path or name, required)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="DIR",

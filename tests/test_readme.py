@@ -17,6 +17,7 @@ from made_studies import SIX_TRIALS, write_grid, write_question
 from nuciseg.__main__ import VERBS
 from nuciseg.config import known_keys
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
+from nuciseg.engine.shipped import shipped_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +26,7 @@ INSTALL_COMMANDS = [
     line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()
 ]
 EXAMPLES = re.findall(r"`(python -m nuciseg[^`]*)`", README)
+SEPARATE = "python -m nuciseg.predict --checkpoint nuciseg/separator IMAGE --out labels"
 SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_threads 0"
 SHORT_SEARCH = f"{SHORT_TRAINING} --search.num_trials 1"
 
@@ -85,8 +87,9 @@ def checkpoint(workplace: Workplace) -> Path:
 
 
 def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() -> None:
-    (first, second) = INSTALL_COMMANDS
+    (first, separate, second) = INSTALL_COMMANDS
     assert first == "pip install -e . && python -m nuciseg.tune"
+    assert separate == f"pip install -e . && {SEPARATE}"
     assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
     verbs = {command.split()[2] for command in EXAMPLES}
     assert verbs == {"nuciseg", *(f"nuciseg.{verb}" for verb in VERBS)}
@@ -117,6 +120,13 @@ def test_predict(workplace: Workplace, checkpoint: Path) -> None:
     workplace.run(example("predict").replace("CHECKPOINT", str(checkpoint)).replace("IMAGE", str(image)))
     written = {path.suffix for path in (workplace.folder / "labels").rglob(f"{image.stem}*")}
     assert {".tif", ".png"} <= written
+
+
+@pytest.mark.skipif("nuciseg/separator" not in shipped_names(), reason="nuciseg/separator is not shipped yet")
+def test_separate_with_the_weights_that_come_along(workplace: Workplace) -> None:
+    image = min((workplace.data_root / "test").glob("*.png"))
+    workplace.run(SEPARATE.replace("IMAGE", str(image)).replace("labels", "separated"))
+    assert (workplace.folder / "separated" / f"{image.stem}_masks.tif").exists()
 
 
 def test_cut(workplace: Workplace) -> None:

@@ -38,6 +38,7 @@ from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
 from nuciseg.engine.refinement import count_open_borders
+from nuciseg.engine.shipped import is_shipped
 from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_labels, require_writable, write_bytes, write_labels_tiff, write_png
 from nuciseg.metrics import IOU_PERCENTS, ImageScores, Scores, score_image
@@ -133,7 +134,12 @@ def evaluate_checkpoint(
 
 
 def default_out(checkpoint: Path, split: SplitName) -> Path:
-    """`evaluation-SPLIT` in the folder of the run that the checkpoint folder belongs to."""
+    """`evaluation-SPLIT` in the folder of the run that the checkpoint folder belongs to.
+
+    For weights that come with the package `evaluation-NAME-SPLIT` in the current folder.
+    """
+    if is_shipped(checkpoint):
+        return Path(f"evaluation-{checkpoint.name}-{split}")
     return run_of(checkpoint) / f"evaluation-{split}"
 
 
@@ -168,11 +174,12 @@ def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint
     Drawn images never are: what is drawn depends on the split.
     """
     trained = loaded.config.data.model_copy(update={"cache_dir": data.cache_dir})
-    if data.root is None or trained.root is None:
+    was_drawn = trained.root is None and trained.format in ("auto", "synthetic")
+    if data.root is None or was_drawn:
         return False
     try:
         return open_samples(trained, "train").path.name == samples.path.name  # the name is a hash of the contents
-    except DataError:  # they are not there any more; what is left of them is the hash of their names
+    except DataError:  # they are not there any more, or weights came without; the hash of their names is left
         if (data.root / "test").is_dir() or len(set(samples.groups)) < 2:
             return False
         records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
