@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from nuciseg.reporting.study_records import Figures, StudyRecord, StudyTrial
+from nuciseg.reporting.study_records import Figures, StudyRecord, StudyTrial, flattened
 
 _SAID_BY_VALUE = ("kind", "encoder")  # "adam" and "resnet18" need no key beside them
 _VAGUE = ("enabled",)  # of what?
@@ -87,16 +87,19 @@ def arms_of(record: StudyRecord) -> list[Arm]:
     for trial in record.trials:
         if trial.arm not in samples:
             samples.append(trial.arm)
-    names = arm_names(samples)
-    return [
-        Arm(name, tuple(trial for trial in record.trials if trial.arm == sample))
-        for name, sample in zip(names, samples, strict=True)
-    ]
+    trials = [[trial for trial in record.trials if trial.arm == sample] for sample in samples]
+    names = arm_names(samples, [next((trial.unsaid for trial in each if trial.unsaid), {}) for each in trials])
+    return [Arm(name, tuple(each)) for name, each in zip(names, trials, strict=True)]
 
 
-def arm_names(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each arm as few of its settings as no other arm has together: `pretrained none`, `unet, width 16`."""
-    flat = [_flat(sample) for sample in samples]
+def arm_names(samples: Sequence[Mapping[str, Any]], unsaid: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    """For each arm as few of its settings as no other arm has together: `head_convs 2`, `unet, width 16`.
+
+    `unsaid` are those of each arm that only others name, by dotted key; they are named last.
+    """
+    others = unsaid or [{}] * len(samples)
+    values = [flattened(sample) | dict(other) for sample, other in zip(samples, others, strict=True)]
+    flat = [{key: _in_words(value) for key, value in each.items()} for each in values]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     differing = [key for key in keys if len({each.get(key, "") for each in flat}) > 1] or keys[:2]
     words = _words_of(differing)
@@ -109,8 +112,8 @@ def _name(at: int, flat: Sequence[Mapping[str, str]], keys: Sequence[str], words
     others = [each for place, each in enumerate(flat) if place != at]
     alone = not others
     taken = []
-    for key in keys:
-        if key not in mine or (key.endswith(".kind") and f"{key[:-4]}encoder" in mine):
+    for key in mine:
+        if key not in keys or (key.endswith(".kind") and f"{key[:-4]}encoder" in mine):
             continue
         left = [each for each in others if each.get(key) == mine[key]]
         if alone or len(left) < len(others):
@@ -127,17 +130,6 @@ def _words_of(keys: Sequence[str]) -> dict[str, str]:
         for key in keys
         for last in (key.rsplit(".", 1)[-1],)
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Every value in words, by its dotted key."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = _in_words(value)
-    return flat
 
 
 def _in_words(value: Any) -> str:

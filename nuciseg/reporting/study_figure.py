@@ -16,7 +16,7 @@ from nuciseg.reporting.study_records import StudyRecord
 WIDTH_IN = 8.0  # a page shows it about as wide, so that its words are as large as the page's
 ROW_IN = 0.235
 DOTS_PER_IN = 150
-SHOWN_PERCENT = 30.0  # below the best dot; what lies lower stands at the edge, or nothing else could be told apart
+SHOWN_PERCENT = 20.0  # below the best dot; what lies lower stands at the edge, or nothing else could be told apart
 LABEL_LENGTH = 44
 
 
@@ -58,7 +58,8 @@ def _draw_arm(axes: Axes, row: int, arm: Arm, color: str, lowest: float) -> None
         axes.plot([mean], [row], "|", color="black", markersize=10, markeredgewidth=1.4, zorder=3)
     if len(inside) < len(percents):
         axes.plot([lowest], [row], "<", color=color, markersize=5, zorder=2)
-        axes.annotate(f"{min(percents):.0f} %", (lowest, row), (6, 0), textcoords="offset points", va="center",
+        outside = ", ".join(f"{percent:.0f}" for percent in sorted(percents) if percent < lowest)
+        axes.annotate(f"{outside} %", (lowest, row), (6, 0), textcoords="offset points", va="center",
                       fontsize=FONT_PT - 1, color=SOFT)  # fmt: skip
     label = arm.name if len(arm.name) <= LABEL_LENGTH else f"{arm.name[: LABEL_LENGTH - 1]}…"
     axes.text(-0.01, row, label, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=FONT_PT)

@@ -44,7 +44,7 @@ _RULES = f"""\
   in every fold.
 - Seeds change the weights, the batches and the augmentation, not the images: another data set may answer otherwise.
 - Time is that of training, as a ratio to the first arm on the same seeds or folds. Other trials ran beside it, so a
-  ratio near 1 says little.
+  ratio near 1 says little. An arm that several questions share was trained once.
 - Border Dice stands only where all arms draw the same true border.
 """
 

@@ -10,7 +10,7 @@ are compared by, and the longer an arm trains, the more it would gain by that.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,10 +57,12 @@ class StudySplit(Kept):
 class StudyTrial(Kept):
     """One trial: its `arm` is the sample without seed and fold. `figures` is None where it failed.
 
-    `split` is the hash of its division, None where it failed before that was made; `train_s` are seconds of training.
+    `unsaid` are the trial's values of settings that only other arms name, by dotted key. `split` is the hash of its
+    division, None where it failed before that was made; `train_s` are seconds of training.
     """
 
     arm: dict[str, Any]
+    unsaid: dict[str, Any] = {}
     seed: int
     fold: int | None
     split: str | None
@@ -156,12 +158,24 @@ def read_kept(kind: type[_Read], path: Path) -> _Read:
         raise DataError(f"{path} is damaged ({place}: {fault['msg']}); write it again from its folder") from None
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its dotted key, sections taken apart."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 # --- from a search to its record -------------------------------------------------------------------------------------
 
 
 def _record_of(search: SearchRecord) -> StudyRecord:
     found = sorted(search.trials, key=lambda each: each.trial.id)  # Ray numbers them in the order of the grid
-    trials = [_trial_of(each, search) for each in found]
+    named = tuple(dict.fromkeys(key for each in found for key in flattened(each.trial.sample)))
+    trials = [_trial_of(each, search, named) for each in found]
     runs = [each.run for each in found if each.run is not None]
     configs = [run.config for run in runs]
     has_folds = FOLD_KEY in search.config.search.space
@@ -178,7 +192,8 @@ def _record_of(search: SearchRecord) -> StudyRecord:
     )
 
 
-def _trial_of(each: TrialRecord, search: SearchRecord) -> StudyTrial:
+def _trial_of(each: TrialRecord, search: SearchRecord, named: Sequence[str]) -> StudyTrial:
+    """`named` are the settings that some trial of the search names."""
     sample, run = dict(each.trial.sample), each.run
     config = run.config if run is not None else search.config
     seed = sample.pop(SEED_KEY, config.seed)
@@ -187,6 +202,7 @@ def _trial_of(each: TrialRecord, search: SearchRecord) -> StudyTrial:
     last = each.history[-1] if each.history and each.state != "failed" else None
     return StudyTrial(
         arm=_without_folders(sample),
+        unsaid=_without_folders(_unsaid(each, named)),
         seed=seed,
         fold=fold,
         split=run.split_hash if run is not None else None,
@@ -200,6 +216,13 @@ def _trial_of(each: TrialRecord, search: SearchRecord) -> StudyTrial:
         num_parameters=count_parameters(run.config) if run is not None else None,
         failure=_without_folders(failure),
     )  # fmt: skip
+
+
+def _unsaid(each: TrialRecord, named: Sequence[str]) -> dict[str, Any]:
+    if each.run is None:
+        return {}
+    values, said = flattened(each.run.config.model_dump(mode="json")), flattened(each.trial.sample)
+    return {key: values[key] for key in named if key in values and key not in said}
 
 
 def _splits_of(runs: Iterable[RunRecord]) -> tuple[StudySplit, ...]:

@@ -41,6 +41,16 @@ def test_an_arm_is_named_by_what_no_other_has(samples: list[dict[str, Any]], nam
     assert len(set(names)) == len(names)
 
 
+def test_what_only_other_arms_name_tells_an_arm_apart_where_its_own_settings_do_not() -> None:
+    bare = {"kind": "timm", "encoder": "resnet18"}
+    samples = [{"model": bare | more} for more in ({}, {"head_convs": 2}, {"head_convs": 3, "width": 0.5})]
+    unsaid = [{"model.head_convs": 0, "model.width": 1.0}, {"model.width": 1.0}, {}]
+    assert arm_names(samples, unsaid) == ["head_convs 0", "head_convs 2", "head_convs 3"]
+    trials = [trial(sample, seed, 90).model_copy(update={"unsaid": other if seed else {}})
+              for sample, other in zip(samples, unsaid, strict=True) for seed in (0, 1)]  # fmt: skip
+    assert [arm.name for arm in arms_of(record(trials))] == ["head_convs 0", "head_convs 2", "head_convs 3"]
+
+
 def test_keys_that_end_alike_are_told_apart() -> None:
     samples = [{"optim.scale": at, "augment.scale": at % 2} for at in (1, 2, 3)]
     assert arm_names(samples) == ["optim.scale 1", "optim.scale 2", "optim.scale 3"]

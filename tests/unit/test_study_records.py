@@ -101,6 +101,16 @@ def test_no_folder_of_one_machine_is_kept_of_an_arm(tmp_path: Path) -> None:
     assert [t.arm["model"]["pretrained"] for t in found.trials] == ["a.pth", "b.pth"]
 
 
+def test_settings_that_only_another_arm_names_are_kept_beside_it(tmp_path: Path) -> None:
+    """The trials' own configurations say 2 and 4: a network of another kind would not have the keys."""
+    arms = [{"kind": "unet"}, {"kind": "unet", "depth": 2}, {"kind": "baseline", "width": 4, "no_such": 1}]
+    found = collected(write_grid(tmp_path / "network", [({"model": model, "seed": 0}, [7, 8]) for model in arms]))
+    assert [t.arm["model"] for t in found.trials] == arms
+    assert [t.unsaid for t in found.trials] == [
+        {"model.depth": 2, "model.width": 4}, {"model.width": 4}, {"model.depth": 2}
+    ]  # fmt: skip
+
+
 def test_a_search_that_goes_on_has_no_record_yet(tmp_path: Path, grid: Path) -> None:
     assert collect(write_grid(tmp_path / "going", SIX_TRIALS[:2], ranked=False)) is None
     write_json({"optim.kind": "adam", "seed": 3}, grid / "trial99" / SAMPLE_FILE)
