@@ -178,7 +178,7 @@ def _fold_by_fold(leader: Arm, arm: Arm) -> str:
     folds = _number(more + level + fewer)
     if not level and not fewer:
         return f"fewer in each of {folds} folds"
-    return f"fewer in {more}, as many in {level} and more in {fewer}: no difference that {folds} folds show"
+    return f"fewer in {more} of {folds} folds, as many in {level} and more in {fewer}, so not called worse"
 
 
 def _wins(a: Arm, b: Arm) -> tuple[int, int, int]:

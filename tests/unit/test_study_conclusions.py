@@ -126,7 +126,7 @@ def test_folds_are_summed_and_compared_pair_by_pair() -> None:
 def test_an_arm_ahead_in_some_folds_only_is_not_better() -> None:
     found = conclude(folds(adam=[20, 20, 19, 18, 19], sgd=[15, 15, 20, 18, 18]))
     assert found.sentence.endswith(
-        "; sgd 86 of 100 (86.0 %), fewer in 3, as many in 1 and more in 1: no difference that five folds show."
+        "; sgd 86 of 100 (86.0 %), fewer in 3 of five folds, as many in 1 and more in 1, so not called worse."
     )
     assert found.beaten == ()
 
