@@ -42,16 +42,17 @@ def write_study(named: Sequence[Path], final: Path | None, out: Path, questions:
     collected = {folder: collect(folder) for folder in search_folders(named)}
     new = {record.name: record for record in collected.values() if record is not None}
     kept = {record.name: record for record in read_records(out)} | new
-    records = [kept[name] for name in sorted(kept)]
-    asked = find_questions([record.name for record in records], questions)
-    written = [write_record(record, out) for record in new.values()]
+    asked = find_questions(sorted(kept), questions)
+    records = [kept[name].model_copy(update={"arm_names": question.arms}) for name, question in asked.items()]
+    conclusions = {record.name: conclude(record) for record in records}
+    written = [write_record(each, out) for each in records if each.name in new or each != kept[each.name]]
     if final is not None:
         written.append(write_final(final, out))
     page = study_page(records, asked, read_final(out))
     if records:
         write_bytes(out / PICTURE, study_figure(records))
     write_bytes(out / PAGE_FILE, page.encode())
-    changed = [record.name for record in records if write_answer(asked[record.name], conclude(record).sentence)]
+    changed = [name for name, found in conclusions.items() if write_answer(asked[name], found.sentence)]
     return StudyResult(
         page=out / PAGE_FILE,
         records=tuple(written),

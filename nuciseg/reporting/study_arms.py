@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from nuciseg.errors import ConfigError
 from nuciseg.reporting.study_records import Figures, StudyRecord, StudyTrial, flattened
 
 _SAID_BY_VALUE = ("kind", "encoder")  # "adam" and "resnet18" need no key beside them
@@ -82,13 +83,18 @@ class Arm:
 
 
 def arms_of(record: StudyRecord) -> list[Arm]:
-    """The arms of `record` in the order of its grid."""
+    """The arms of `record` in the order of its grid. Raises ConfigError where it names more of them or fewer."""
     samples: list[dict[str, Any]] = []
     for trial in record.trials:
         if trial.arm not in samples:
             samples.append(trial.arm)
     trials = [[trial for trial in record.trials if trial.arm == sample] for sample in samples]
-    names = arm_names(samples, [next((trial.unsaid for trial in each if trial.unsaid), {}) for each in trials])
+    names = record.arm_names or arm_names(samples, [next((trial.unsaid for trial in each if trial.unsaid), {}) for each in trials])
+    if len(names) != len(samples):
+        raise ConfigError(
+            f"the header of {record.name}.yaml names {len(names)} arms ({'; '.join(names)}), but the search has "
+            f"{len(samples)}; name each in the order of the grid, with a ';' between two"
+        )
     return [Arm(name, tuple(each)) for name, each in zip(names, trials, strict=True)]
 
 

@@ -4,6 +4,7 @@
 #            (goes on where lines are indented)
 # Command    python -m nuciseg.tune --config tune_configs/study/NAME.yaml --data.root DIR
 # Takes      9 minutes on 2 cores
+# Arms       none; flips alone; all (names for the arms, where their settings are no good ones)
 # Answer     what the figures say
 search: ...
 """
@@ -28,13 +29,15 @@ ANSWER = "Answer"
 
 @dataclass(frozen=True)
 class Question:
-    """What one search asks. `command` has one line a command, `takes` is empty where the header does not say."""
+    """What one search asks. `command` has one line a command; `takes` and `arms` are empty where the header says
+    nothing of them."""
 
     name: str
     path: Path
     text: str
     command: tuple[str, ...]
     takes: str
+    arms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ def _read_question(name: str, paths: Sequence[Path], folder: Path) -> Question:
     fields = {field.label: field.lines for field in _fields(_read_lines(paths[0]))}
     if "Question" not in fields:
         raise ConfigError(f"{paths[0]} does not say what it asks; begin it with a line '# Question   How much ...?'")
-    text, takes = (" ".join(fields.get(label, ())) for label in ("Question", "Takes"))
-    return Question(name, paths[0], text, fields.get("Command", ()), takes)
+    text, takes, arms = (" ".join(fields.get(label, ())) for label in ("Question", "Takes", "Arms"))
+    names = tuple(name.strip() for name in arms.split(";")) if arms else ()
+    return Question(name, paths[0], text, fields.get("Command", ()), takes, names)
 
 
 def _read_lines(path: Path) -> list[str]:

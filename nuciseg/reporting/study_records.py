@@ -78,7 +78,7 @@ class StudyRecord(Kept):
 
     `epochs`, `crop_px`, `batch_size` and `cpus_per_trial` are None where the trials differ in them; `num_folds` is None
     unless the search goes through the folds of a cross-validation. `same_border`: all arms draw the same true border,
-    so that their border Dice can be compared.
+    so that their border Dice can be compared. `arm_names` are in the grid's order, none where settings say it all.
     """
 
     name: str
@@ -90,6 +90,7 @@ class StudyRecord(Kept):
     same_border: bool
     splits: tuple[StudySplit, ...]
     trials: tuple[StudyTrial, ...]
+    arm_names: tuple[str, ...] = ()
 
 
 def search_folders(named: Iterable[Path]) -> list[Path]:

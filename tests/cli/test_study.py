@@ -138,3 +138,24 @@ def test_the_recommended_model_is_quoted_from_a_real_evaluation(place: Path, tin
     assert str(tiny_checkpoint.parent.parent.parent) not in text + json.dumps(kept)
     assert study("searches/optimizer") == 0
     assert "## The recommended model" in (place / "docs" / "study.md").read_text(), "it stays"
+
+
+def test_the_header_names_the_arms_and_the_record_keeps_the_names(place: Path) -> None:
+    study("searches")
+    question = place / "tune_configs" / "study" / "optimizer.yaml"
+    header = question.read_text()
+    question.write_text(header.replace("# Answer", "# Arms       ADAM; stochastic\n# Answer"))
+    study()  # nothing but the names changed
+    assert "| ADAM | " in (place / "docs" / "study.md").read_text()
+    assert "# Answer     Best is ADAM with" in question.read_text()
+    assert json.loads((place / "docs" / "study" / "optimizer.json").read_text())["arm_names"] == ["ADAM", "stochastic"]
+
+
+def test_names_for_more_arms_than_there_are_change_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study("searches")
+    question = place / "tune_configs" / "study" / "optimizer.yaml"
+    question.write_text(question.read_text().replace("# Answer", "# Arms       a; b; c\n# Answer"))
+    before = files_below(place)
+    assert study() == 2
+    assert "header of optimizer.yaml names 3 arms (a; b; c), but the search has 2" in capsys.readouterr().err
+    assert files_below(place) == before

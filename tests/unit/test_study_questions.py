@@ -28,7 +28,16 @@ def test_the_entries_of_a_header_are_read(tmp_path: Path) -> None:
         "pip install -e '.[weights]'",
         "python -m nuciseg.tune --config tune_configs/NAME.yaml --data.root DIR",
     )
+    assert found.arms == ()
     assert find_questions(["border_width"], tmp_path)["border_width"] == found, "in a folder inside, too"
+
+
+def test_a_header_may_name_the_arms(tmp_path: Path) -> None:
+    assert question(tmp_path, f"{HEADER}# Arms       narrow; as it is,\n#            drawn;wide\n").arms == (
+        "narrow",
+        "as it is, drawn",
+        "wide",
+    )
 
 
 def test_an_answer_is_put_under_the_header(tmp_path: Path) -> None:
