@@ -89,7 +89,8 @@ def arms_of(record: StudyRecord) -> list[Arm]:
         if trial.arm not in samples:
             samples.append(trial.arm)
     trials = [[trial for trial in record.trials if trial.arm == sample] for sample in samples]
-    names = record.arm_names or arm_names(samples, [next((trial.unsaid for trial in each if trial.unsaid), {}) for each in trials])
+    unsaid = [next((trial.unsaid for trial in each if trial.unsaid), {}) for each in trials]
+    names = record.arm_names or arm_names(samples, unsaid)
     if len(names) != len(samples):
         raise ConfigError(
             f"the header of {record.name}.yaml names {len(names)} arms ({'; '.join(names)}), but the search has "
