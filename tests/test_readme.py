@@ -17,7 +17,6 @@ from made_studies import SIX_TRIALS, write_grid, write_question
 from nuciseg.__main__ import VERBS
 from nuciseg.config import known_keys
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
-from nuciseg.engine.shipped import shipped_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -122,7 +121,6 @@ def test_predict(workplace: Workplace, checkpoint: Path) -> None:
     assert {".tif", ".png"} <= written
 
 
-@pytest.mark.skipif("nuciseg/separator" not in shipped_names(), reason="nuciseg/separator is not shipped yet")
 def test_separate_with_the_weights_that_come_along(workplace: Workplace) -> None:
     image = min((workplace.data_root / "test").glob("*.png"))
     workplace.run(SEPARATE.replace("IMAGE", str(image)).replace("labels", "separated"))

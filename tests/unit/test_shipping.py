@@ -32,7 +32,6 @@ from nuciseg.reporting.shipping import ship, without_machine
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SEPARATOR = shipped.SHIPPED_DIR / "separator"
-needs_separator = pytest.mark.skipif(not SEPARATOR.exists(), reason="nuciseg/separator is not shipped yet")
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +297,6 @@ def test_every_shipped_file_is_in_the_wheel(tiny: Path) -> None:
     assert set(tiny.iterdir()) <= {path for pattern in patterns for path in tiny.parents[1].glob(pattern)}
 
 
-@needs_separator
 def test_the_separator_is_small_complete_and_nobodys() -> None:
     sizes = {path.name: path.stat().st_size for path in SEPARATOR.iterdir()}
     assert sizes.keys() == {"checkpoint.json", "weights.safetensors", "README.md"}
@@ -307,7 +305,6 @@ def test_the_separator_is_small_complete_and_nobodys() -> None:
     assert config == without_machine(config, "nucleus")
 
 
-@needs_separator
 @pytest.mark.slow
 def test_the_separator_separates_what_its_card_says(nucleus_root: Path, tmp_path: Path) -> None:
     card = (SEPARATOR / "README.md").read_text()
