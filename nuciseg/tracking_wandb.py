@@ -286,7 +286,7 @@ def open_run(
             job_type=identity.job_type,
             tags=[tag[:MAX_TAG_LENGTH] for tag in (*tags, *identity.tags)],
             config=dict(config),
-            dir=str(folder),
+            dir=str(folder.resolve()),  # W&B's own process may have been started in another folder
             mode=mode,
             resume="allow",
             reinit="create_new",
