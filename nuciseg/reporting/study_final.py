@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nuciseg.engine.evaluation import SCORES_FILE, run_of
+from nuciseg.engine.shipped import PREFIX, is_shipped
 from nuciseg.errors import DataError
 from nuciseg.reporting.records import read_json
 from nuciseg.reporting.study_records import FINAL_NAME, RECORDS_FOLDER, Figures, Kept, read_kept, write_kept
@@ -22,7 +23,8 @@ class FinalFigures(Figures):
 class FinalRecord(Kept):
     """One evaluation; `by_marking` has the scores with the drawn border erased and moved, where there is one.
 
-    `checkpoint` begins with the name of the run, without the folders above it.
+    `checkpoint` begins with the name of the run, without the folders above it; of weights that come with nuciseg it is
+    their name.
     """
 
     checkpoint: str
@@ -46,7 +48,7 @@ def write_final(evaluation: Path, out: Path) -> Path:
     checkpoint = Path(scores["checkpoint"])
     try:
         final = FinalRecord(
-            checkpoint=checkpoint.relative_to(run_of(checkpoint).parent).as_posix(),
+            checkpoint=_name_of(checkpoint),
             epoch=scores["epoch"],
             split=scores["split"],
             split_hash=scores["split_hash"],
@@ -67,6 +69,12 @@ def read_final(out: Path) -> FinalRecord | None:
 
 def _path(out: Path) -> Path:
     return out / RECORDS_FOLDER / f"{FINAL_NAME}.json"
+
+
+def _name_of(checkpoint: Path) -> str:
+    if is_shipped(checkpoint):
+        return f"{PREFIX}/{checkpoint.name}"
+    return checkpoint.relative_to(run_of(checkpoint).parent).as_posix()
 
 
 def _figures(scores: Mapping[str, Any]) -> FinalFigures:

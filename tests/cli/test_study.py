@@ -140,6 +140,18 @@ def test_the_recommended_model_is_quoted_from_a_real_evaluation(place: Path, tin
     assert "## The recommended model" in (place / "docs" / "study.md").read_text(), "it stays"
 
 
+def test_weights_that_come_with_nuciseg_are_quoted_by_their_name(place: Path, tiny_checkpoint: Path) -> None:
+    from nuciseg.engine.evaluation import evaluate_checkpoint
+    from nuciseg.engine.precision import local_device
+    from nuciseg.engine.shipped import SHIPPED_DIR
+
+    evaluate_checkpoint(tiny_checkpoint, None, "test", place / "evaluation", device=local_device())
+    scores = place / "evaluation" / "scores.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"checkpoint": str(SHIPPED_DIR / "separator")}))
+    assert study("--final", "evaluation") == 0
+    assert json.loads((place / "docs" / "study" / "final.json").read_text())["checkpoint"] == "nuciseg/separator"
+
+
 def test_the_header_names_the_arms_and_the_record_keeps_the_names(place: Path) -> None:
     study("searches")
     question = place / "tune_configs" / "study" / "optimizer.yaml"
