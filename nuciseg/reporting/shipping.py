@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from nuciseg.engine.network import load_network
 from nuciseg.errors import CheckpointError, ConfigError, writing
 from nuciseg.models import TimmConfig
 from nuciseg.reporting.model_card import CardFacts, measure_images, write_card
+from nuciseg.reporting.study_records import flattened
 
 MAX_BYTES = 10_000_000  # what everybody downloads who installs the package
 CARD_FILE = "README.md"
@@ -109,7 +110,7 @@ def without_machine(config: Config, layout: str) -> Config:
 def recipe_flags(config: Config, recipe: Config) -> tuple[str, ...]:
     """The flags that turn `recipe` into `config`, both without their machine; thresholds chosen after training are
     none."""
-    found, expected = (dict(_leaves(each.model_dump(mode="json"))) for each in (config, recipe))
+    found, expected = (flattened(each.model_dump(mode="json")) for each in (config, recipe))
     ours = [key for key in found if key not in expected or found[key] != expected[key]]
     if config.train.calibrate:
         ours = [key for key in ours if not key.startswith("target.decode.")]
@@ -156,13 +157,6 @@ def _read_report(path: Path, folder: Path) -> dict[str, Any]:
 
 def _how_to_evaluate(split: str) -> str:
     return f"run python -m nuciseg.evaluate with this checkpoint and --split {split}"
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return leaves
 
 
 def _num_bytes(folder: Path) -> int:
