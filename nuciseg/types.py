@@ -91,3 +91,21 @@ class Instances:
     labels_HW: NDArray[np.int32]
     confidences_N: NDArray[np.float32]
     num_open_borders: int | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a predicted image, and all nuclei that were found in it.
+
+    Its first pixel is row `top_px`, column `left_px` of the image, `image_HW` the raw pixels there. In `labels_HW`
+    (int32) 0 is background and 1..N are nuclei, of which it reports those with a number in `ids_N` (int64: their label
+    in the whole image, from 1). They lie whole within the window; where `ids_N` is 0, another window reports the
+    nucleus, and it may be cut off here. `confidences_N` float32 in [0, 1]. A small image is one window.
+    """
+
+    top_px: int
+    left_px: int
+    image_HW: NDArray[np.generic]
+    labels_HW: NDArray[np.int32]
+    ids_N: NDArray[np.int64]
+    confidences_N: NDArray[np.float32]
