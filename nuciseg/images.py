@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,7 +32,7 @@ _TIFF_SUFFIXES = (".tif", ".tiff")
 _TIFFFILE_COMPRESSIONS = (1, 8, 32773, 32946)
 # Deflate reaches 1032 : 1 (zlib's own figure), LZW 1400 : 1; beyond that the header is damaged, and decoding would fill
 # the memory.
-_MAX_COMPRESSION = 2000
+MAX_COMPRESSION = 2000
 # What Pillow, tifffile and zlib raise on damaged files (found by cutting and flipping bytes of real ones).
 _DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError,
@@ -108,16 +109,23 @@ def require_writable(folder: Path) -> None:
 def _read_plane(path: Path) -> NDArray[np.generic]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; check the path.")
-    try:
+    with decoding(path):
         if path.suffix.lower() in _TIFF_SUFFIXES:
             pixels = _decode_tiff(path)
         else:
-            _refuse_png_that_pillow_reduces(path)
+            refuse_png_that_pillow_reduces(path)
             pixels = np.asarray(iio.imread(path, plugin="pillow", index=0))
+    return _as_grey(path, pixels)
+
+
+@contextlib.contextmanager
+def decoding(path: Path) -> Iterator[None]:
+    """Within, what the decoders raise on a damaged file becomes a DataError that names `path`."""
+    try:
+        yield
     except _DECODE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path} cannot be read as an image ({reason}); replace the file with a whole one.") from error
-    return _as_grey(path, pixels)
 
 
 def _decode_tiff(path: Path) -> NDArray[np.generic]:
@@ -127,15 +135,8 @@ def _decode_tiff(path: Path) -> NDArray[np.generic]:
         page = tiff.pages.first
         series = tiff.series[0]
         size_bytes = path.stat().st_size
-        segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-        # tifffile fills segments that are not there with zeros, so look before it does.
-        if (
-            len(segments) < math.prod(page.chunked)
-            or any(offset <= 0 or count <= 0 or offset + count > size_bytes for offset, count in segments)
-            or (page.compression == 1 and 8 * sum(page.databytecounts) < page.size * page.bitspersample)
-            or series.nbytes > _MAX_COMPRESSION * size_bytes
-        ):
-            raise DataError(f"{path} is truncated or damaged: pixels are missing; replace the file with a whole one.")
+        if not has_every_segment(page, size_bytes) or series.nbytes > MAX_COMPRESSION * size_bytes:
+            raise missing_pixels(path)
         if int(page.compression) in _TIFFFILE_COMPRESSIONS:
             pixels = np.asarray(series.asarray())
         else:
@@ -144,7 +145,26 @@ def _decode_tiff(path: Path) -> NDArray[np.generic]:
         return np.moveaxis(pixels, 0, -1) if series.axes == "SYX" and pixels.shape == series.shape else pixels
 
 
-def _refuse_png_that_pillow_reduces(path: Path) -> None:
+def has_every_segment(page: Any, size_bytes: int) -> bool:
+    """Whether all strips or tiles of a tifffile page lie within a file of `size_bytes`.
+
+    tifffile fills segments that are not there with zeros, so look before it does.
+    """
+    layout = page.keyframe
+    segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    return not (
+        len(segments) < math.prod(layout.chunked)
+        or any(offset <= 0 or count <= 0 or offset + count > size_bytes for offset, count in segments)
+        or (layout.compression == 1 and 8 * sum(page.databytecounts) < layout.size * layout.bitspersample)
+    )
+
+
+def missing_pixels(path: Path) -> DataError:
+    """The error for a file that holds less than its header says."""
+    return DataError(f"{path} is truncated or damaged: pixels are missing; replace the file with a whole one.")
+
+
+def refuse_png_that_pillow_reduces(path: Path) -> None:
     """Pillow decodes 16-bit colour PNG to 8 bit without a word (PNG 1.2: byte 24 is the depth, 25 the colour type)."""
     with path.open("rb") as file:
         header = file.read(26)
