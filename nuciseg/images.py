@@ -69,6 +69,21 @@ def read_labels(path: Path) -> NDArray[np.int32]:
     return labels_HW
 
 
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """The mask of one nucleus at `path`: HW, True where the file is not 0.
+
+    Raises `DataError` as `read_image` does, and for a file with several values beside 0, which may be several nuclei.
+    """
+    plane_HW = _read_plane(Path(path))
+    mask_HW = np.asarray(plane_HW != 0)
+    if (num_values := len(np.unique(plane_HW[mask_HW]))) > 1:
+        raise DataError(
+            f"{path} holds {num_values} values beside 0 where the mask of one nucleus is needed; save 0 and 255 alone, "
+            "one file per nucleus."
+        )
+    return mask_HW
+
+
 def write_png(path: Path, rgb_HWC: NDArray[np.uint8]) -> None:
     """Write an 8-bit picture, HWC (or HW for grey). Raises `ResourceError` where it cannot be written."""
     write_bytes(path, iio.imwrite("<bytes>", rgb_HWC, extension=".png", plugin="pillow"))

@@ -50,7 +50,7 @@ class CutCounts:
 
 def read_fields(layout: DataFormat, root: Path) -> dict[SplitName, list[Record]]:
     """The labelled fields of each split that `root` has. Raises `DataError` where there are none."""
-    splits = splits_there(root, layout.PARTS)
+    splits = splits_there(root, layout.holds)
     if not splits:
         raise DataError(f"{root} has neither a folder train nor a folder test; arrange it as {layout.LAYOUT}.")
     return {split: layout.read(root, split) for split in splits}

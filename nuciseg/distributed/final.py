@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
+from nuciseg.data.formats.folders import own_folder
 from nuciseg.distributed.progress import followed
 from nuciseg.distributed.runs import train_identity
 from nuciseg.distributed.training import run_training
@@ -56,4 +57,4 @@ def _has_test_images(config: DataConfig) -> bool:
         return False
     if format_of(config) == "synthetic":
         return config.synthetic.num_test > 0
-    return config.root is not None and (config.root / "test").is_dir()
+    return config.root is not None and own_folder(config.root, "test") is not None

@@ -32,6 +32,7 @@ from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples
 from nuciseg.data.formats import CLUSTER_FORMATS
+from nuciseg.data.formats.folders import own_folder
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint
 from nuciseg.engine.datasets import divide, format_of, open_samples, open_split_samples, refuse_smaller_than
 from nuciseg.engine.dependence import scores_by_marking
@@ -180,7 +181,7 @@ def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint
     try:
         return open_samples(trained, "train").path.name == samples.path.name  # the name is a hash of the contents
     except DataError:  # they are not there any more, or weights came without; the hash of their names is left
-        if (data.root / "test").is_dir() or len(set(samples.groups)) < 2:
+        if own_folder(data.root, "test") is not None or len(set(samples.groups)) < 2:
             return False
         records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
         return divide(records, trained).hash == loaded.split_hash

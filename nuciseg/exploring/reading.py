@@ -10,7 +10,7 @@ from pathlib import Path
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.formats import DataFormat, detect_format, get_format, synthetic
-from nuciseg.data.formats.folders import LeftOut
+from nuciseg.data.formats.folders import LeftOut, own_folder
 from nuciseg.errors import DataError
 from nuciseg.types import Record, Sample
 
@@ -99,7 +99,7 @@ def open_data(config: DataConfig) -> DataSet:
 
 def _splits(root: Path) -> tuple[str, ...]:
     """The splits that have a folder; a root that is one split itself counts as the training images."""
-    return tuple(split for split in SPLITS if (root / split).is_dir()) or ("train",)
+    return tuple(split for split in SPLITS if own_folder(root, split) is not None) or ("train",)
 
 
 def _open_part(layout: DataFormat, root: Path, split: str, cache_dir: Path | None) -> tuple[Part, list[Broken]]:

@@ -139,17 +139,17 @@ def test_a_table_says_which_clusters_share_a_field(nucleus_root: Path) -> None:
 
 
 def test_the_splits_of_a_folder(tmp_path: Path) -> None:
-    parts = ("images", "masks")
-    assert splits_there(tmp_path, parts) == ()
-    for part in parts:
+    assert splits_there(tmp_path, labels.holds) == ()
+    for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    assert splits_there(tmp_path, parts) == ("train",)
+    assert splits_there(tmp_path, labels.holds) == ("train",)
     (tmp_path / "train").mkdir()
-    assert splits_there(tmp_path, parts) == ("train", "test"), "the folder itself serves as the part that it lacks"
+    own_and_root = splits_there(tmp_path, labels.holds)
+    assert own_and_root == ("train", "test"), "the folder itself serves as the part that it lacks"
     (tmp_path / "masks").rmdir()
-    assert splits_there(tmp_path, parts) == ("train",)
-    (tmp_path / "test").mkdir()
-    assert splits_there(tmp_path, parts) == ("train", "test")
+    assert splits_there(tmp_path, labels.holds) == ("train",)
+    (tmp_path / "stage1_test").mkdir()
+    assert splits_there(tmp_path, labels.holds) == ("train", "test")
 
 
 def test_hidden_and_foreign_files_are_left_out(nucleus_root: Path) -> None:
@@ -282,7 +282,8 @@ def test_unpaired_and_missing_label_folders(labels_root: Path) -> None:
 def test_detection_names_what_it_looked_for_and_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone does not exist"):
         detect_format(tmp_path / "gone")
-    with pytest.raises(DataError, match=r"it holds nothing; arrange .* nucleus: train/X\.png .*; labels: train/images"):
+    layouts = r"nucleus: train/X\.png .*; labels: train/images.*; cellpose: train/X\.tif .*; dsb: train/ID/images"
+    with pytest.raises(DataError, match=rf"it holds nothing; arrange .* {layouts}"):
         detect_format(tmp_path)
     for name in ("a", "b", "c", "d", "e"):
         (tmp_path / name).mkdir()

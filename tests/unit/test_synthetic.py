@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from nuciseg.data.formats import detect_format
 from nuciseg.data.formats import labels as labels_format
 from nuciseg.data.formats import nucleus as nucleus_format
 from nuciseg.data.formats import synthetic as synthetic_format
@@ -155,7 +156,7 @@ def test_a_field_has_clusters_and_single_nuclei_on_background() -> None:
 def test_a_nucleus_folder_is_read_back_with_the_same_nuclei(tmp_path: Path) -> None:
     config = SyntheticConfig(num_train=8, num_test=2)
     write_nucleus_folder(config, tmp_path)
-    assert nucleus_format.detect(tmp_path)
+    assert detect_format(tmp_path).NAME == nucleus_format.NAME
     assert len(nucleus_format.read(tmp_path, "test")) == 2
     for index, record in enumerate(nucleus_format.read(tmp_path, "train")):
         drawn, read = draw_cluster(config, cluster_seed(config, "train", index)), nucleus_format.load(record)
@@ -178,7 +179,7 @@ def test_the_border_between_any_number_of_nuclei() -> None:
 def test_a_labels_folder_is_read_back_as_it_was_drawn(tmp_path: Path) -> None:
     config = SyntheticConfig(num_train=2, num_test=1)
     write_labels_folder(config, tmp_path, 96, 128)
-    assert labels_format.detect(tmp_path)
+    assert detect_format(tmp_path).NAME == labels_format.NAME
     records = labels_format.read(tmp_path, "train")
     assert len(records) == 2
     drawn, read = draw_field(config, cluster_seed(config, "train", 1), 96, 128), labels_format.load(records[1])
@@ -186,7 +187,7 @@ def test_a_labels_folder_is_read_back_as_it_was_drawn(tmp_path: Path) -> None:
     assert np.array_equal(read.labels_HW, drawn.labels_HW)
 
 
-def test_records_need_no_folder_and_name_what_is_drawn(tmp_path: Path) -> None:
+def test_records_need_no_folder_and_name_what_is_drawn() -> None:
     config = SyntheticConfig(num_train=3, num_test=2)
     records = synthetic_format.read(config, "train")
     assert len(records) == 3
@@ -198,6 +199,5 @@ def test_records_need_no_folder_and_name_what_is_drawn(tmp_path: Path) -> None:
     assert synthetic_format.read(SyntheticConfig(num_train=4), "train")[:3] == records
     other = {record.id for record in synthetic_format.read(SyntheticConfig(num_train=3, overlap=0.3), "train")}
     assert not other & {record.id for record in records}
-    assert not synthetic_format.detect(tmp_path)
     with pytest.raises(DataError, match="no split 'dev'"):
         synthetic_format.read(config, "dev")

@@ -1,4 +1,4 @@
-"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `PARTS`, `detect`, `read` and `load`.
+"""Layouts of data sets. Each is one module here with `NAME`, `LAYOUT`, `holds`, `read` and `load`.
 
 A new folder layout is one such module, named below in `FormatName` and `_FORMATS`. `synthetic` draws its samples from a
 configuration instead of a folder, so it is never detected and its `read` and `load` take that configuration.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Protocol
 
-from nuciseg.data.formats import labels, nucleus
-from nuciseg.data.formats.folders import LeftOut, listed
+from nuciseg.data.formats import cellpose, dsb, labels, nucleus
+from nuciseg.data.formats.folders import LeftOut, listed, own_folder
+from nuciseg.data.synthetic import SPLITS
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.types import Record, Sample
 
-FormatName = Literal["auto", "nucleus", "labels", "synthetic"]
+FormatName = Literal["auto", "nucleus", "labels", "cellpose", "dsb", "synthetic"]
 
 CLUSTER_FORMATS = ("nucleus", "synthetic")  # each image is one cluster, cut out on black, its outer border drawn
 
@@ -24,16 +25,15 @@ class DataFormat(Protocol):
 
     NAME: str
     LAYOUT: str  # as the user sees it in a message
-    PARTS: tuple[str, ...]  # sub-folders that the folder of a split holds
 
-    def detect(self, root: Path) -> bool: ...
+    def holds(self, folder: Path) -> bool: ...  # whether the files of one split lie in `folder`
 
     def read(self, root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]: ...
 
     def load(self, record: Record) -> Sample: ...
 
 
-_FORMATS: tuple[DataFormat, ...] = (nucleus, labels)
+_FORMATS: tuple[DataFormat, ...] = (nucleus, labels, cellpose, dsb)
 
 
 def get_format(name: str) -> DataFormat:
@@ -50,7 +50,8 @@ def detect_format(root: Path) -> DataFormat:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"The data folder {root} does not exist; check data.root.")
-    found = [data_format for data_format in _FORMATS if data_format.detect(root)]
+    folders = [root, *filter(None, (own_folder(root, split) for split in SPLITS))]
+    found = [data_format for data_format in _FORMATS if any(map(data_format.holds, folders))]
     if len(found) == 1:
         return found[0]
     if found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +13,9 @@ from nuciseg.errors import DataError
 
 GROUPS = "groups.csv"
 MAX_NAMED = 3  # names in a message; the rest are counted
+
+Holds = Callable[[Path], bool]  # whether a folder holds the files of one split
+StemOf = Callable[[Path], str | None]  # the name that an image and its labels have in common; None: neither of them
 
 
 @dataclass(frozen=True)
@@ -30,46 +33,61 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def split_folder(root: Path, split: str, parts: Sequence[str]) -> Path:
-    """`root/split`; where there is none, `root` itself if it holds the sub-folders `parts`.
+def own_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split alone: `root/split`, else `root/stage1_split`, as the Data Science Bowl 2018 calls it."""
+    folders = (root / f"{prefix}{split}" for prefix in ("", "stage1_"))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def split_folder(root: Path, split: str, holds: Holds) -> Path:
+    """The split's `own_folder`; where there is none, `root` itself if it holds the files of a split.
 
     Such a `root` serves as any split: whoever scores "test" has to see that these are not the images trained on.
+    Raises `DataError` where there is neither.
     """
     if not root.is_dir():
         raise DataError(f"The data folder {root} does not exist; check data.root.")
-    folder = root / split
-    if not folder.is_dir() and all((root / part).is_dir() for part in parts):
+    if (folder := own_folder(root, split)) is not None:
+        return folder
+    if holds(root):
         return root
-    if not folder.is_dir():
-        raise DataError(f"The folder {folder} does not exist; make it for the split '{split}' or name another split.")
-    for part in parts:
-        if not (folder / part).is_dir():
-            raise DataError(f"The folder {folder / part} does not exist; put the files of '{part}' there.")
-    return folder
+    raise DataError(f"The folder {root / split} does not exist; make it for the split '{split}' or name another split.")
 
 
-def splits_there(root: Path, parts: Sequence[str]) -> tuple[SplitName, ...]:
-    """The splits that have a folder of their own; a `root` that holds `parts` itself is the first other one."""
-    own = [split for split in SPLITS if (root / split).is_dir()]
-    if all((root / part).is_dir() for part in parts):
+def splits_there(root: Path, holds: Holds) -> tuple[SplitName, ...]:
+    """The splits that have a folder of their own; a `root` that holds files itself is the first other one."""
+    own = [split for split in SPLITS if own_folder(root, split) is not None]
+    if holds(root):
         own += [split for split in SPLITS if split not in own][:1]
     return tuple(split for split in SPLITS if split in own)
 
 
-def files_by_stem(folder: Path, suffixes: Sequence[str], left_out: list[LeftOut] | None = None) -> dict[str, Path]:
-    """Files of `folder` with one of `suffixes` by their stem, sorted; hidden files are left out.
+def file_stem(path: Path) -> str:
+    """The file's name without its last suffix."""
+    return path.stem
 
-    Of two files with the same stem the second one is added to `left_out`; without that list a DataError is raised.
+
+def files_by_stem(
+    folder: Path, suffixes: Sequence[str], left_out: list[LeftOut] | None = None, stem_of: StemOf = file_stem
+) -> dict[str, Path]:
+    """Files of `folder` with one of `suffixes` by their stem, sorted by name; hidden files, and those of which
+    `stem_of` is None, are passed over.
+
+    Of two files with the same stem the second one is added to `left_out`; without that list a DataError is raised, as
+    it is for a folder that does not exist.
     """
+    if not folder.is_dir():
+        raise DataError(f"The folder {folder} does not exist; put the files of '{folder.name}' there.")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in suffixes or path.name.startswith(".") or not path.is_file():
             continue
-        if path.stem in files:
-            message = f"{path} and {files[path.stem].name} have the same stem; keep one of them."
-            _refuse(message, [(path, message)], left_out)
-            continue
-        files[path.stem] = path
+        stem = stem_of(path)
+        if stem in files:
+            message = f"{path} and {files[stem].name} have the same stem '{stem}'; keep one of them."
+            refuse(message, [(path, message)], left_out)
+        elif stem is not None:
+            files[stem] = path
     return files
 
 
@@ -79,24 +97,27 @@ def pair_files(
     suffixes: Sequence[str],
     labels_word: str,
     left_out: list[LeftOut] | None = None,
+    image_stem: StemOf = file_stem,
+    labels_stem: StemOf = file_stem,
 ) -> list[tuple[str, Path, Path]]:
     """(stem, image, label file) for every image, sorted by stem; `labels_word` says in messages what labels are.
 
-    Files without a partner are added to `left_out`; without that list a DataError is raised for them.
+    Where both lie in one folder, `image_stem` and `labels_stem` tell them apart. Files without a partner are added to
+    `left_out`; without that list a DataError is raised for them.
     """
-    images = files_by_stem(images_folder, suffixes, left_out)
-    labels = files_by_stem(labels_folder, suffixes, left_out)
+    images = files_by_stem(images_folder, suffixes, left_out, image_stem)
+    labels = files_by_stem(labels_folder, suffixes, left_out, labels_stem)
     if not images and not labels:
         raise DataError(f"{images_folder} holds no images ({', '.join(suffixes)}); put the images there.")
     if without := images.keys() - labels.keys():
-        _refuse(
+        refuse(
             f"{len(without)} of {len(images)} images in {images_folder} have no {labels_word} of the same name in "
             f"{labels_folder}: {listed(without)}; add the {labels_word}s or remove the images.",
             [(images[stem], f"{images[stem]} has no {labels_word} in {labels_folder}.") for stem in sorted(without)],
             left_out,
         )
     if alone := labels.keys() - images.keys():
-        _refuse(
+        refuse(
             f"{len(alone)} of {len(labels)} {labels_word}s in {labels_folder} have no image of the same name in "
             f"{images_folder}: {listed(alone)}; add the images or remove the {labels_word}s.",
             [(labels[stem], f"{labels[stem]} has no image in {images_folder}.") for stem in sorted(alone)],
@@ -105,11 +126,20 @@ def pair_files(
     return [(stem, images[stem], labels[stem]) for stem in images if stem in labels]
 
 
-def _refuse(message: str, files: Iterable[tuple[Path, str]], left_out: list[LeftOut] | None) -> None:
+def refuse(message: str, files: Iterable[tuple[Path, str]], left_out: list[LeftOut] | None) -> None:
     """Raise DataError, or note each of `files` (path, reason) in `left_out`."""
     if left_out is None:
         raise DataError(message)
     left_out += [LeftOut(path, reason) for path, reason in files]
+
+
+def refuse_other_size(path: Path, shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
+    """Raise DataError where the labels at `path` are not (height, width) as large as their image."""
+    if shape != image_shape:
+        raise DataError(
+            f"{path} is {shape[0]} x {shape[1]} pixels (height x width) and its image {image_shape[0]} x "
+            f"{image_shape[1]}; make both the same size."
+        )
 
 
 def groups_of(folder: Path, images: dict[str, Path], left_out: list[LeftOut] | None = None) -> dict[str, str]:

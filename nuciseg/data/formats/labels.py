@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, split_folder
-from nuciseg.errors import DataError
+from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, refuse_other_size, split_folder
 from nuciseg.images import read_image, read_labels
 from nuciseg.labels import relabel
 from nuciseg.types import Record, Sample
@@ -22,14 +21,12 @@ NAME = "labels"
 LAYOUT = "train/images/STEM.tif with train/masks/STEM.tif (or .tiff, .png)"
 
 IMAGES, MASKS = "images", "masks"
-PARTS: tuple[str, ...] = (IMAGES, MASKS)
 SUFFIXES = (".tif", ".tiff", ".png")
 
 
-def detect(root: Path) -> bool:
-    """Whether `root`, `root/train` or `root/test` holds the folders `images` and `masks`."""
-    folders = (root, root / "train", root / "test")
-    return any((folder / IMAGES).is_dir() and (folder / MASKS).is_dir() for folder in folders)
+def holds(folder: Path) -> bool:
+    """Whether there are folders `images` and `masks` in `folder`."""
+    return (folder / IMAGES).is_dir() and (folder / MASKS).is_dir()
 
 
 def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]:
@@ -39,7 +36,7 @@ def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[
     same bytes share one. Raises `DataError` for a missing or empty folder and, without a list `left_out` to note them
     in, for unpaired files and a bad `groups.csv`.
     """
-    folder = split_folder(Path(root), split, PARTS)
+    folder = split_folder(Path(root), split, holds)
     pairs = pair_files(folder / IMAGES, folder / MASKS, SUFFIXES, "label image", left_out)
     groups = groups_of(folder, {id: image for id, image, _ in pairs}, left_out)
     return [Record(id, image, (mask,), groups[id]) for id, image, mask in pairs]
@@ -54,9 +51,5 @@ def load(record: Record) -> Sample:
     """
     assert record.image_path is not None
     image_HW, labels_HW = read_image(record.image_path), read_labels(record.label_paths[0])
-    if image_HW.shape != labels_HW.shape:
-        raise DataError(
-            f"{record.label_paths[0]} is {labels_HW.shape[0]} x {labels_HW.shape[1]} pixels (height x width) and its "
-            f"image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
-        )
+    refuse_other_size(record.label_paths[0], labels_HW.shape, image_HW.shape)
     return Sample(image_HW[..., None], np.maximum(relabel(labels_HW), -1))

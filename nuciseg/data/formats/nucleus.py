@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, split_folder
+from nuciseg.data.formats.folders import LeftOut, groups_of, pair_files, refuse_other_size, split_folder
 from nuciseg.errors import DataError
 from nuciseg.images import read_image
 from nuciseg.labels import enclosed_regions, regrow, relabel
@@ -25,7 +25,6 @@ NAME = "nucleus"
 LAYOUT = "train/X.png beside train/solutions/X.png"
 
 SOLUTIONS = "solutions"
-PARTS: tuple[str, ...] = (SOLUTIONS,)
 BORDER_THRESHOLD = 127  # of 255: halfway
 # A region of fewer pixels is a speck between drawn lines. The smallest nucleus of gnovis/nucleus has 561 pixels.
 MIN_NUCLEUS_AREA_PX = 20
@@ -33,9 +32,9 @@ MIN_NUCLEUS_AREA_PX = 20
 MAX_BORDER_DEPTH_PX = 8.0
 
 
-def detect(root: Path) -> bool:
-    """Whether `root`, `root/train` or `root/test` holds a folder `solutions`."""
-    return any((folder / SOLUTIONS).is_dir() for folder in (root, root / "train", root / "test"))
+def holds(folder: Path) -> bool:
+    """Whether there is a folder `solutions` in `folder`."""
+    return (folder / SOLUTIONS).is_dir()
 
 
 def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[Record]:
@@ -45,7 +44,7 @@ def read(root: Path, split: str, left_out: list[LeftOut] | None = None) -> list[
     so without that file each image is its own group; only images with the same bytes share one. Raises `DataError` for
     a missing or empty folder and, without a list `left_out` to note them in, for unpaired files and a bad `groups.csv`.
     """
-    folder = split_folder(Path(root), split, PARTS)
+    folder = split_folder(Path(root), split, holds)
     pairs = pair_files(folder, folder / SOLUTIONS, (".png",), "solution", left_out)
     groups = groups_of(folder, {id: image for id, image, _ in pairs}, left_out)
     return [Record(id, image, (solution,), groups[id]) for id, image, solution in pairs]
@@ -59,11 +58,7 @@ def load(record: Record) -> Sample:
     """
     assert record.image_path is not None
     image_HW, solution_HW = read_image(record.image_path), read_solution(record.label_paths[0])
-    if image_HW.shape != solution_HW.shape:
-        raise DataError(
-            f"{record.label_paths[0]} is {solution_HW.shape[0]} x {solution_HW.shape[1]} pixels (height x width) and "
-            f"its image {image_HW.shape[0]} x {image_HW.shape[1]}; make both the same size."
-        )
+    refuse_other_size(record.label_paths[0], solution_HW.shape, image_HW.shape)
     labels_HW = labels_from_solution(image_HW, solution_HW)
     if not labels_HW.any():
         what = "encloses no nucleus" if np.any(solution_HW > BORDER_THRESHOLD) else "is all black"

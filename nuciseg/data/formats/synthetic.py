@@ -7,7 +7,6 @@ detected, since there is nothing on disk.
 from __future__ import annotations
 
 from hashlib import blake2b
-from pathlib import Path
 
 from nuciseg.data.synthetic import SPLITS, SplitName, SyntheticConfig, cluster_seed, draw_cluster, num_samples
 from nuciseg.errors import DataError
@@ -18,11 +17,6 @@ LAYOUT = "no folder: clusters are drawn"
 
 # Raise this when `draw_cluster` draws other pictures from the same configuration: it renews the caches.
 DRAWING_VERSION = 1
-
-
-def detect(root: Path) -> bool:
-    """False: no folder is synthetic."""
-    return False
 
 
 def read(config: SyntheticConfig, split: str) -> list[Record]:
