@@ -38,7 +38,6 @@ from nuciseg.engine.datasets import divide, format_of, open_samples, open_split_
 from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.inference import predict_probabilities, score_instances
 from nuciseg.engine.network import Network, load_network
-from nuciseg.engine.refinement import count_open_borders
 from nuciseg.engine.shipped import is_shipped
 from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_labels, require_writable, write_bytes, write_labels_tiff, write_png
@@ -85,7 +84,7 @@ class _Scored:
     index: int
     own: ImageScores
     baselines: Mapping[str, ImageScores]
-    num_open_borders: int
+    num_open_borders: int | None
 
     @property
     def mean_ap(self) -> float:
@@ -198,7 +197,7 @@ def _score_all(
         write_labels_tiff(_labels_file(labels_folder, found.id), instances.labels_HW)
         own = score_instances(target, found, instances, sample.labels_HW)
         baselines = _score_baselines(target, found.id, sample.image_HWC[..., 0], sample.labels_HW)
-        yield _Scored(found.index, own, baselines, count_open_borders(target, found.maps_KHW))
+        yield _Scored(found.index, own, baselines, target.open_borders(found.maps_KHW))
 
 
 def _score_baselines(

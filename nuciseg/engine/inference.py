@@ -85,15 +85,9 @@ def score_instances(
         found.id,
         instances.labels_HW,
         labels_HW,
-        border_mask(target, found.maps_KHW),
+        target.border_found(found.maps_KHW),
         target.border_of(labels_HW),
     )
-
-
-def border_mask(target: Target, maps_KHW: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The pixels (H, W) that the network takes for border."""
-    mask: NDArray[np.bool_] = maps_KHW[target.border_index] >= target.config.decode.border_threshold
-    return mask
 
 
 def predict_instances(

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from nuciseg.engine.datasets import refuse_smaller_than
 from nuciseg.engine.inference import predict_instances
 from nuciseg.engine.network import Network
-from nuciseg.engine.refinement import count_open_borders
 from nuciseg.types import Instances, Sample
 
 
@@ -42,4 +41,4 @@ def predict_image(network: Network, image_HW: NDArray[np.generic], name: str) ->
     image = OneImage(name, Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
     refuse_smaller_than(network.stride, image)
     ((found, instances),) = predict_instances(network, image, [0])
-    return replace(instances, num_open_borders=count_open_borders(network.target, found.maps_KHW))
+    return replace(instances, num_open_borders=network.target.open_borders(found.maps_KHW))

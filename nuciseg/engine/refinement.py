@@ -19,21 +19,8 @@ from nuciseg.data.dataset import NORMALIZED_RANGE
 from nuciseg.targets import Target
 
 SURE = 0.5  # a border that is drawn is believed, so doubtful pixels are not drawn
-_CLOSED_ONLY = {"gap_closing": 0.0, "border_share": 1.0, "min_nuclei": 1}
-_GAPS_BRIDGED = {"gap_closing": 0.6, "border_share": 0.5}
 
 Forward = Callable[[torch.Tensor], NDArray[np.float32]]
-
-
-def count_open_borders(target: Target, maps_KHW: NDArray[np.float32]) -> int:
-    """How many borders are there but do not close: nuclei that are found only where gaps are bridged."""
-    return max(_num_nuclei(target, maps_KHW, _GAPS_BRIDGED) - _num_nuclei(target, maps_KHW, _CLOSED_ONLY), 0)
-
-
-def _num_nuclei(target: Target, maps_KHW: NDArray[np.float32], changes: dict[str, float]) -> int:
-    decode = target.config.decode.model_copy(update=changes)
-    config = target.config.model_copy(update={"decode": decode})
-    return len(type(target)(config).decode(maps_KHW).confidences_N)
 
 
 def refined(
@@ -46,7 +33,7 @@ def refined(
     maps_BKHW = forward(images_BCHW)
     pending = list(range(len(shapes)))
     for _ in range(rounds):
-        pending = [row for row in pending if count_open_borders(target, _cropped(maps_BKHW[row], shapes[row]))]
+        pending = [row for row in pending if target.open_borders(_cropped(maps_BKHW[row], shapes[row]))]
         if not pending:
             break
         sure_BHW = torch.from_numpy(maps_BKHW[pending, target.border_index] >= SURE)

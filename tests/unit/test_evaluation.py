@@ -22,7 +22,6 @@ from nuciseg.engine.dependence import scores_by_marking
 from nuciseg.engine.evaluation import EvaluationResult, default_out, evaluate_checkpoint
 from nuciseg.engine.inference import predict_probabilities, score_samples
 from nuciseg.engine.network import load_network
-from nuciseg.engine.refinement import count_open_borders
 from nuciseg.errors import CheckpointError, DataError, ResourceError
 from nuciseg.images import read_image, read_labels, write_labels_tiff, write_png
 from nuciseg.metrics import Scores, score_image
@@ -103,7 +102,7 @@ def test_other_markings_and_open_borders_are_told(evaluated: EvaluationResult, t
     by_hand = {name: scores.summary() for name, scores in scores_by_marking(network, samples, indices).items()}
     assert report_of(evaluated)["by_marking"] == json.loads(json.dumps(by_hand))
     expected = {
-        found.id: str(count_open_borders(network.target, found.maps_KHW))
+        found.id: str(network.target.open_borders(found.maps_KHW))
         for found in predict_probabilities(network, samples, indices)
     }
     assert {row["id"]: row["open_borders"] for row in rows_of(evaluated)} == expected

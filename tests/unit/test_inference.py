@@ -14,7 +14,6 @@ from nuciseg.data.cache import CachedSamples
 from nuciseg.engine.datasets import open_samples
 from nuciseg.engine.inference import (
     Place,
-    border_mask,
     predict_instances,
     predict_probabilities,
     score_probabilities,
@@ -85,7 +84,7 @@ def test_the_order_in_which_images_are_asked_for_changes_nothing(network: Networ
 def test_the_border_is_what_reaches_its_threshold(network: Network, samples: CachedSamples) -> None:
     (found,) = predict_probabilities(network, samples, [3])
     threshold = network.target.config.decode.border_threshold
-    mask = border_mask(network.target, found.maps_KHW)
+    mask = network.target.border_found(found.maps_KHW)
     assert mask.dtype == bool
     assert np.array_equal(mask, found.maps_KHW[1] >= threshold)
 

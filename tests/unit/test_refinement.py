@@ -15,10 +15,11 @@ from nuciseg.data.markings import draw_border, part_of
 from nuciseg.engine.datasets import open_samples, open_training_set
 from nuciseg.engine.inference import predict_probabilities
 from nuciseg.engine.network import load_network
-from nuciseg.engine.refinement import count_open_borders, refined
+from nuciseg.engine.refinement import refined
 from nuciseg.images import write_png
 from nuciseg.predict import main as predict
 from nuciseg.targets import TouchingBorderConfig, build_target
+from nuciseg.targets.borders import BorderTarget
 
 TARGET = build_target(TouchingBorderConfig())
 
@@ -33,7 +34,7 @@ def maps(border_rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("border_rows", "num_open"), [(40, 0), (0, 0), (28, 1)])
 def test_a_border_with_a_gap_is_open_and_a_whole_or_missing_one_is_not(border_rows: int, num_open: int) -> None:
-    assert count_open_borders(TARGET, maps(border_rows)) == num_open
+    assert TARGET.open_borders(maps(border_rows)) == num_open
 
 
 def test_a_border_that_is_asked_for_again_grows_until_it_closes() -> None:
@@ -48,7 +49,7 @@ def test_a_border_that_is_asked_for_again_grows_until_it_closes() -> None:
     images = torch.zeros(2, 1, 48, 80)
     images[1, 0, 4:30, 39:42] = NORMALIZED_RANGE[1]  # this one closes at once
     once = refined(completes, images, [(48, 80)] * 2, TARGET, 0)
-    assert [count_open_borders(TARGET, found) for found in once] == [0, 0]  # 14 rows do not divide the first
+    assert [TARGET.open_borders(found) for found in once] == [0, 0]  # 14 rows do not divide the first
     asked.clear()
     images[0, 0, 4:18, 39:42] = NORMALIZED_RANGE[1]
     final = refined(completes, images, [(48, 80)] * 2, TARGET, 5)
@@ -63,7 +64,7 @@ def test_a_loaded_network_looks_as_often_as_it_is_told(monkeypatch: pytest.Monke
     samples = open_samples(loaded.config.data, "test")
     looks: list[int] = []
     network.model.register_forward_hook(lambda *_: looks.append(1))
-    monkeypatch.setattr("nuciseg.engine.refinement.count_open_borders", lambda *_: 1)  # never closed
+    monkeypatch.setattr(BorderTarget, "open_borders", lambda *_: 1)  # never closed
     for rounds in (0, 2):
         looks.clear()
         list(predict_probabilities(replace(network, rounds=rounds), samples, [0]))
@@ -75,7 +76,7 @@ def test_an_open_border_is_flagged_for_a_person_to_look_at(
 ) -> None:
     path = tmp_path / "a.png"
     write_png(path, np.full((64, 64), 90, np.uint8))
-    monkeypatch.setattr("nuciseg.engine.prediction.count_open_borders", lambda *_: 2)
+    monkeypatch.setattr(BorderTarget, "open_borders", lambda *_: 2)
     predict(["--checkpoint", str(tiny_checkpoint), str(path), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     assert " nuclei, open borders: 2, look at it" in said

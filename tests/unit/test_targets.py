@@ -21,10 +21,10 @@ from nuciseg.targets import (
     Target,
     TargetConfig,
     TouchingBorderConfig,
-    _distance_to_zero,
     build_target,
     decode_grid,
 )
+from nuciseg.targets.borders import _distance_to_zero
 
 Labels = NDArray[np.int32]
 AnyConfig = TouchingBorderConfig | FullBorderConfig

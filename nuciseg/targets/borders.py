@@ -1,6 +1,6 @@
-"""What the network is taught and how its answer is read: `encode(labels) -> maps`, `decode(maps) -> instances`.
+"""Two maps, "foreground" (inside any nucleus) and "border": for clusters that were cut out.
 
-Every target has two maps, "foreground" (inside any nucleus) and "border". They differ in the border:
+The targets differ in the border:
 
 - `touching_border`: only the line between touching nuclei. The outer edge is already given by the foreground, and
   a network that does not have to repeat it spends its effort on the separations.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -39,6 +39,8 @@ LabelImage16 = NDArray[np.uint16]
 Mask = NDArray[np.bool_]
 
 MAP_NAMES = ("foreground", "border")
+_CLOSED_ONLY = {"gap_closing": 0.0, "border_share": 1.0, "min_nuclei": 1}
+_GAPS_BRIDGED = {"gap_closing": 0.6, "border_share": 0.5}
 _MIN_BORDER_LEFT_PX = 10  # less is noise, not a border that ends within a nucleus
 
 
@@ -129,12 +131,9 @@ class FullBorderConfig(BorderSection):
     decode: DecodeConfig = Field(default=DecodeConfig(), description="how probabilities become nuclei")
 
 
-TargetConfig = Annotated[TouchingBorderConfig | FullBorderConfig, Field(discriminator="kind")]
-
-
 @dataclass(frozen=True)
-class Target:
-    """One way of teaching labels; make it with `build_target`. Picklable and stateless."""
+class BorderTarget:
+    """See above; make it with `build_target`. Picklable and stateless."""
 
     config: TouchingBorderConfig | FullBorderConfig
     map_names: tuple[str, ...] = MAP_NAMES
@@ -156,14 +155,28 @@ class Target:
 
         The image's edge is no border: a nucleus that it cuts goes on outside. Ignored pixels are none either.
         """
-        compact_HW: LabelImage16 | FloatImage = np.maximum(labels_HW, 0).astype(np.uint16)
-        if labels_HW.max(initial=0) > 65534:  # cv2 dilates no int32; float32 holds ids up to 2^24 exactly
-            compact_HW = np.maximum(labels_HW, 0).astype(np.float32)
-        border_HW = _line_between(compact_HW, self.config.width_px)
+        border_HW = line_between(labels_HW, self.config.width_px)
         if self.config.kind == "full_border":
             inside_HW = (labels_HW != 0).astype(np.uint8)  # ignored pixels are not known to be outside
-            border_HW |= (compact_HW > 0) & (cv2.erode(inside_HW, _disk(2 * self.config.width_px + 1)) == 0)
+            border_HW |= (labels_HW > 0) & (cv2.erode(inside_HW, _disk(2 * self.config.width_px + 1)) == 0)
         return np.asarray(border_HW & (labels_HW >= 0))
+
+    def border_found(self, probabilities_KHW: FloatImage) -> Mask:
+        """The pixels (H, W) that count as border."""
+        found_HW: Mask = probabilities_KHW[self.border_index] >= self.config.decode.border_threshold
+        return found_HW
+
+    def open_borders(self, probabilities_KHW: FloatImage) -> int:
+        """How many borders are there but do not close: nuclei that are found only where gaps are bridged."""
+        return max(
+            self._num_nuclei(probabilities_KHW, _GAPS_BRIDGED) - self._num_nuclei(probabilities_KHW, _CLOSED_ONLY), 0
+        )
+
+    def _num_nuclei(self, probabilities_KHW: FloatImage, changes: dict[str, float]) -> int:
+        decode = self.config.decode.model_copy(update=changes)
+        return len(
+            BorderTarget(self.config.model_copy(update={"decode": decode})).decode(probabilities_KHW).confidences_N
+        )
 
     def decode(self, probabilities_KHW: FloatImage) -> Instances:
         """Nuclei from probabilities (K, H, W) in [0, 1].
@@ -173,11 +186,6 @@ class Target:
         """
         foreground_HW, border_HW = np.asarray(probabilities_KHW, np.float32)
         return _separate(foreground_HW, border_HW, self.config.decode, self.config.width_px)
-
-
-def build_target(config: TouchingBorderConfig | FullBorderConfig) -> Target:
-    """The target that `config` describes."""
-    return Target(config)
 
 
 def decode_grid(
@@ -206,15 +214,18 @@ def _disk(diameter_px: int) -> NDArray[np.uint8]:
     return (offset[:, None] ** 2 + offset**2 <= (diameter_px / 2) ** 2).astype(np.uint8)
 
 
-def _line_between(labels_HW: LabelImage16 | FloatImage, width_px: int) -> Mask:
+def line_between(labels_HW: LabelImage, width_px: int) -> Mask:
     """Pixels with two different nuclei under a disk of diameter width + 1: a line `width_px` wide between neighbours.
 
     An odd width cannot lie evenly on the crack between two pixels: it is half a pixel off.
     """
+    compact_HW: LabelImage16 | FloatImage = np.maximum(labels_HW, 0).astype(np.uint16)
+    if labels_HW.max(initial=0) > 65534:  # cv2 dilates no int32; float32 holds ids up to 2^24 exactly
+        compact_HW = np.maximum(labels_HW, 0).astype(np.float32)
     kernel = _disk(width_px + 1)
-    largest_HW = cv2.dilate(labels_HW, kernel)
-    above_all = np.array(65535 if labels_HW.dtype == np.uint16 else np.inf, labels_HW.dtype)
-    smallest_HW = cv2.erode(np.where(labels_HW > 0, labels_HW, above_all), kernel)
+    largest_HW = cv2.dilate(compact_HW, kernel)
+    above_all = np.array(65535 if compact_HW.dtype == np.uint16 else np.inf, compact_HW.dtype)
+    smallest_HW = cv2.erode(np.where(compact_HW > 0, compact_HW, above_all), kernel)
     return np.asarray((largest_HW > 0) & (smallest_HW < largest_HW))
 
 

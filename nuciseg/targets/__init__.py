@@ -1,0 +1,82 @@
+"""What the network is taught and how its answer is read: `encode(labels) -> maps`, `decode(maps) -> instances`.
+
+- `touching_border`, `full_border` (`borders.py`): foreground and border, for clusters that were cut out.
+- `depth` (`depth.py`): foreground, touching border and depth within the nucleus, for whole fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from nuciseg.targets import borders, depth
+from nuciseg.targets.borders import (
+    BorderTarget,
+    DecodeConfig,
+    FloatImage,
+    FullBorderConfig,
+    LabelImage,
+    Mask,
+    TouchingBorderConfig,
+)
+from nuciseg.targets.depth import DepthConfig, DepthDecodeConfig, DepthTarget
+from nuciseg.types import Instances
+
+__all__ = [
+    "DecodeConfig", "DepthConfig", "DepthDecodeConfig", "FloatImage", "FullBorderConfig", "LabelImage", "Mask",
+    "Target", "TargetConfig", "TouchingBorderConfig", "build_target", "decode_grid",
+]  # fmt: skip
+
+TargetConfig = Annotated[TouchingBorderConfig | FullBorderConfig | DepthConfig, Field(discriminator="kind")]
+DECODED_ALIKE = ("touching_border", "full_border")
+"""Kinds whose `decode` sections have the same keys."""
+
+
+class Target(Protocol):
+    """One way of teaching labels. Picklable and stateless."""
+
+    @property
+    def config(self) -> TargetConfig: ...
+    @property
+    def map_names(self) -> tuple[str, ...]: ...
+    @property
+    def border_index(self) -> int:
+        """Which map is the border."""
+        ...
+
+    @property
+    def typical_shares(self) -> tuple[float, ...]:
+        """Of the pixels, by map: where a fresh network starts."""
+        ...
+
+    def encode(self, labels_HW: LabelImage, /) -> FloatImage:
+        """The maps (K, H, W) that a network is taught, in [0, 1]."""
+        ...
+
+    def border_of(self, labels_HW: LabelImage, /) -> Mask:
+        """The true border (H, W)."""
+        ...
+
+    def border_found(self, probabilities_KHW: FloatImage, /) -> Mask:
+        """The border (H, W) that the network found."""
+        ...
+
+    def open_borders(self, probabilities_KHW: FloatImage, /) -> int | None:
+        """How many borders are there but do not close; None where the target needs no closed border."""
+        ...
+
+    def decode(self, probabilities_KHW: FloatImage, /) -> Instances:
+        """Nuclei from probabilities (K, H, W) in [0, 1]."""
+        ...
+
+
+def build_target(config: Any) -> Target:
+    """The target that `config`, one of `TargetConfig`, describes."""
+    return DepthTarget(config) if isinstance(config, DepthConfig) else BorderTarget(config)
+
+
+def decode_grid(config: Any) -> Sequence[Sequence[TargetConfig]]:
+    """`config` decoded in other ways, alike in rows and columns, to choose among on validation maps."""
+    return depth.decode_grid(config) if isinstance(config, DepthConfig) else borders.decode_grid(config)
