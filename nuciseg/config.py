@@ -55,6 +55,9 @@ class DataConfig(Section):
         None, ge=2, description="cross-validation in so many parts; none: validation_fraction"
     )
     fold: int = Field(0, ge=0, description="with num_folds: which part is held out, from 0")
+    validation_list: Path | None = Field(
+        None, description="text file, an image's id a line: these are held out; none: validation_fraction"
+    )
     pool_test: bool = Field(
         False, description="divide the test images, too, for cross-validation; nothing is left to test"
     )
@@ -165,6 +168,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.frozen_encoder_epochs is {self.optim.frozen_encoder_epochs}, but a network of model.kind "
                 f"{self.model.kind!r} has no encoder to freeze: set it to 0, or model.kind to 'timm'"
+            )
+        if self.data.validation_list is not None and self.data.num_folds is not None:
+            raise ValueError(
+                f"data.validation_list {self.data.validation_list} and data.num_folds {self.data.num_folds} both say "
+                "which images are held out: set one of them to none"
             )
         return self
 
@@ -348,7 +356,7 @@ def config_from_args(
 
 def _with_whole_paths(config: Config) -> Config:
     """Workers and resumed runs may have another working folder than the command had."""
-    keys = ["data.root", "data.cache_dir"]
+    keys = ["data.root", "data.cache_dir", "data.validation_list"]
     if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
         keys.append("model.pretrained")
     paths = {key: config.value(key) for key in keys}

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR",
         help="folder for the clusters; a new or empty one (path, required)",
     )  # fmt: skip
-    add("--format", default="auto", metavar="NAME", help="layout of FIELDS, a name that train --help lists (default: auto)")
+    add("--format", default="auto", metavar="NAME", help="layout of FIELDS, as train --help lists them (default: auto)")
     add("--min-nuclei", type=_number(int, 1), default=2, metavar="N", help="fewest nuclei of a cluster (default: 2)")
     add("--max-nuclei", type=_number(int, 1), metavar="N", help="most nuclei of a cluster (default: any number)")
     add(

@@ -151,7 +151,8 @@ def describe_arms(config: Config) -> str:
     stopped = "" if config.search.scheduler == "none" else f" at most ({config.search.scheduler} decides)"
     differs = ", ".join(config.search.space)
     seeds = "" if "seed" in config.search.space else f", seed {config.seed}"
-    return f"differs: {differs}; same: images, split {config.data.split_seed}, {epochs} epochs{stopped}{seeds}"
+    split = config.data.split_seed if config.data.validation_list is None else config.data.validation_list.name
+    return f"differs: {differs}; same: images, split {split}, {epochs} epochs{stopped}{seeds}"
 
 
 def _check(config: Config, *, final: bool, verbose: bool) -> None:

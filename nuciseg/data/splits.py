@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nuciseg.data.formats.folders import listed
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.images import write_bytes
 from nuciseg.types import Record
@@ -83,6 +84,47 @@ def fold_records(records: Sequence[Record], num_folds: int, fold: int, seed: int
         parts[smallest].add(name)
         num_images[smallest] += sizes[name]
     return _split(records, parts[fold], seed)
+
+
+def listed_records(records: Sequence[Record], path: Path, seed: int) -> Split:
+    """Validation is what the text file `path` names, one id a line; all other images are for training.
+
+    Nothing is drawn, `seed` is only written down. Raises `DataError` for a file that cannot be read, names no image,
+    one that does not exist, or all; for one that divides a group; and for an id that occurs twice in `records`.
+    """
+    _group_sizes(records)
+    chosen = _read_ids(path)
+    ids = {record.id for record in records}
+    if unknown := chosen - ids:
+        raise DataError(
+            f"{path} names {len(unknown)} of {len(chosen)} images that there are not: {listed(unknown)}; take the ids "
+            f"of training images, which are {listed(ids)}."
+        )
+    if chosen == ids:
+        raise DataError(f"{path} names all {len(ids)} images, so none is left to train on; take some out of the list.")
+    held_out = {record.group for record in records if record.id in chosen}
+    torn = {record.group for record in records if record.id not in chosen} & held_out
+    if torn:
+        there, missing = (
+            listed(record.id for record in records if record.group in torn and (record.id in chosen) is side)
+            for side in (True, False)
+        )
+        raise DataError(
+            f"{path} names {there} but not {missing} of the same {len(torn)} group(s), so validation would see fields "
+            "that were trained on; name all images of a group or none."
+        )
+    return _split(records, held_out, seed)
+
+
+def _read_ids(path: Path) -> set[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise DataError(f"{path} cannot be read ({reason}); check data.validation_list.") from error
+    if ids := {line.strip() for line in lines} - {""}:
+        return ids
+    raise DataError(f"{path} names no image; write the id of one validation image a line, or unset the list.")
 
 
 def _group_sizes(records: Sequence[Record]) -> dict[str, int]:

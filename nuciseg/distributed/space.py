@@ -50,7 +50,8 @@ _NOT_SEARCHED = {
     **dict.fromkeys(
         (
             *("data.root", "data.format", "data.cache_dir", "data.synthetic", "data.pool_test"),
-            *("data.validation_fraction", "data.split_seed", "data.num_folds"),  # but data.fold: all parts in turn
+            *("data.validation_fraction", "data.validation_list", "data.split_seed"),
+            "data.num_folds",  # but data.fold: all parts in turn
         ),
         "trials are compared on the same images, so set it in the base configuration",
     ),

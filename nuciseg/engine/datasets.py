@@ -11,7 +11,7 @@ from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
-from nuciseg.data.splits import Split, fold_records, split_records
+from nuciseg.data.splits import Split, fold_records, listed_records, split_records
 from nuciseg.engine.network import stride_of
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.targets import build_target
@@ -47,6 +47,8 @@ def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
 
 def divide(records: Sequence[Record], config: DataConfig) -> Split:
     """The records' division into training and validation that `config` describes. Raises ConfigError or DataError."""
+    if config.validation_list is not None:
+        return listed_records(records, config.validation_list, config.split_seed)
     if config.num_folds is not None:
         return fold_records(records, config.num_folds, config.fold, config.split_seed)
     return split_records(records, config.validation_fraction, config.split_seed)

@@ -183,7 +183,10 @@ def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint
         if own_folder(data.root, "test") is not None or len(set(samples.groups)) < 2:
             return False
         records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
-        return divide(records, trained).hash == loaded.split_hash
+        try:
+            return divide(records, trained).hash == loaded.split_hash
+        except DataError:  # they cannot be divided as the training images were: they are others, or the list is gone
+            return False
 
 
 def _score_all(

@@ -281,7 +281,8 @@ class Trainer:
         if checkpoint.split_hash != self.data.split.hash:
             raise CheckpointError(
                 f"{folder} was trained on split {checkpoint.split_hash}, the data now gives {self.data.split.hash}: "
-                "the images or data.validation_fraction, split_seed, num_folds, fold or pool_test changed; begin anew"
+                "the images or data.validation_fraction, split_seed, num_folds, fold, validation_list or pool_test "
+                "changed; begin anew"
             )
         tensors: dict[str, dict[str, torch.Tensor]] = {
             part: {} for part in ("model", "optimizer", "averaged", "scaler")

@@ -96,14 +96,16 @@ def ship(checkpoint: Path, name: str, sources: CardSources) -> Path:
 def without_machine(config: Config, layout: str) -> Config:
     """The configuration without what belongs to the machine and the search that it was trained on and in.
 
-    `layout` takes the place of what was to be detected: without a folder it cannot be. The name of a weights file
-    stays, since a network with weights to start from is given its input differently.
+    `layout` takes the place of what was to be detected: without a folder it cannot be. The names of two files stay: of
+    weights, since a network with weights to start from is given its input differently, and of the validation images.
     """
     plain = Config()
     changes: dict[str, Any] = {section: plain.value(section) for section in ("scale", "run", "tracking", "search")}
     changes |= {"data.format": layout, "data.root": None, "data.cache_dir": None}
     if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
         changes["model.pretrained"] = config.model.weights_file.name
+    if config.data.validation_list is not None:
+        changes["data.validation_list"] = config.data.validation_list.name
     return config.replaced(changes)
 
 

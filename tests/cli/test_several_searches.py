@@ -129,3 +129,6 @@ def test_files_are_taken_once_and_in_order(tmp_path: Path) -> None:
 def test_what_is_not_the_same_for_each_trial_is_told() -> None:
     config = load_config(overrides=merged(question("optim.lr", 0.1), {"search": {"scheduler": "asha"}}))
     assert describe_arms(config) == "differs: optim.lr; same: images, split 0, 1 epochs at most (asha decides), seed 0"
+    assert "same: images, split held.txt, 1 epochs" in describe_arms(
+        config.replaced({"data.validation_list": "lists/held.txt"})
+    )

@@ -142,6 +142,10 @@ def test_none_and_booleans_can_be_chosen() -> None:
             {"data.split_seed": {"randint": [0, 9]}},
             "data.split_seed cannot be searched: trials are compared on the same",
         ),
+        (
+            {"data.validation_list": {"choice": ["a.txt"]}},
+            "data.validation_list cannot be searched: trials are compared",
+        ),
         ({"data.synthetic.overlap": {"choice": [0.1, 0.2]}}, "data.synthetic cannot be searched"),
         (
             {"inference.num_views": {"choice": [1, 8]}},
