@@ -67,8 +67,22 @@ def overlay_rgb(
     the image where a white border is drawn on it, so that the outlines stand out. Labels that are not positive are
     left alone.
     """
+    return outlined_rgb(stretch(image), labels_HW, colors_N3, scale=scale, fill=fill, dim=dim, outline_px=outline_px)
+
+
+def outlined_rgb(
+    rgb_HWC: RGB,
+    labels_HW: Labels,
+    colors_N3: RGB | None = None,
+    *,
+    scale: float = 1.0,
+    fill: float = 0.15,
+    dim: float = 0.75,
+    outline_px: int = 1,
+) -> RGB:
+    """`overlay_rgb` of an image that is stretched already, as where it is drawn in parts."""
     size = (max(1, round(labels_HW.shape[1] * scale)), max(1, round(labels_HW.shape[0] * scale)))
-    rgb = cv2.resize(stretch(image), size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    rgb = cv2.resize(rgb_HWC, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     rgb = dim * rgb.astype(np.float32)
     drawn_HW = _enlarge_labels(np.maximum(labels_HW, 0), size)
     if colors_N3 is None:
