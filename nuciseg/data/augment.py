@@ -32,6 +32,7 @@ FREE, ZEROED, SATURATED, OUTSIDE = range(4)
 # Photometric transforms want [0, 1] and clip to it. The normalised image has its nuclei in [0, 1] and tails on both
 # sides, so this wider range is mapped onto [0, 1].
 UNIT_LOW, UNIT_WIDTH = -0.25, 1.5
+BACKGROUND_NODES = 3  # along each side of the image: slower than nuclei are large
 ELASTIC_GRID_PX = 32  # distance of the random displacements; half a nucleus of the nucleus data set
 
 
@@ -59,6 +60,9 @@ class AugmentConfig(Section):
     contrast: float = Field(0.2, ge=0, lt=1, description="largest relative change of the contrast")
     gamma: float = Field(0.2, ge=0, le=1, description="0.2 takes exponents of 1/1.2 to 1.2")
     blur_px: float = Field(1.0, ge=0, le=10, description="largest standard deviation of the Gaussian blur, px")
+    background: float = Field(
+        0.0, ge=0, le=1, description="largest uneven light that is added: out-of-focus haze, bright medium"
+    )
     noise: float = Field(0.05, ge=0, le=1, description="largest standard deviation of the Gaussian noise")
     join: float = Field(
         0.0, ge=0, le=1, description="chance that another training cluster is laid against it (cut-out clusters only)"
@@ -80,7 +84,10 @@ class AugmentConfig(Section):
         "(cut-out clusters only)",
     )
     probability: float = Field(
-        0.5, ge=0, le=1, description="chance of each of elastic, brightness and contrast, gamma, blur and noise"
+        0.5,
+        ge=0,
+        le=1,
+        description="chance of each of elastic, brightness and contrast, gamma, background, blur and noise",
     )
 
     @property
@@ -159,6 +166,23 @@ class PlaceOnCanvas(A.DualTransform):  # type: ignore[misc]  # albumentations is
         x_SS = (row[0, 0] * steps + row[0, 2])[None, :] + (row[0, 1] * steps)[:, None] + shift[..., 0]
         y_SS = (row[1, 0] * steps + row[1, 2])[None, :] + (row[1, 1] * steps)[:, None] + shift[..., 1]
         return np.asarray(cv2.remap(array, x_SS, y_SS, interpolation, borderValue=border))
+
+
+class AddBackground(A.ImageOnlyTransform):  # type: ignore[misc]  # albumentations is untyped
+    """Add smooth light, from 0 to `most` at each node of a coarse grid. (`A.Illumination` multiplies: black stays.)"""
+
+    def __init__(self, most: float, p: float) -> None:
+        super().__init__(p=p)
+        self.most = most
+
+    def get_params(self) -> dict[str, Any]:
+        nodes = (BACKGROUND_NODES, BACKGROUND_NODES)
+        strength = self.random_generator.uniform(0, self.most)
+        return {"grid": self.random_generator.uniform(0, strength, nodes).astype(np.float32)}
+
+    def apply(self, img: NDArray[Any], grid: NDArray[np.float32], **params: Any) -> NDArray[Any]:
+        light_HW = np.asarray(cv2.resize(grid, (img.shape[1], img.shape[0]), interpolation=cv2.INTER_LINEAR))
+        return np.minimum(img + light_HW.reshape(*img.shape[:2], *(1,) * (img.ndim - 2)), 1)
 
 
 def _elastic_shift(canvas_px: int, strength_px: float, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -242,6 +266,8 @@ def _photometric(config: AugmentConfig) -> list[Any]:
         parts.append(A.RandomBrightnessContrast((-brightness, brightness), (-config.contrast, config.contrast), p=p))
     if config.gamma:
         parts.append(A.RandomGamma((100 / (1 + config.gamma), 100 * (1 + config.gamma)), p=p))
+    if config.background:
+        parts.append(AddBackground(config.background / UNIT_WIDTH, p=p))
     if config.blur_px:
         parts.append(A.GaussianBlur(blur_limit=0, sigma_limit=(0.0, config.blur_px), p=p))
     if config.noise:

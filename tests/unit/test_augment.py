@@ -11,7 +11,7 @@ import pytest
 
 from nuciseg.data.augment import FREE, SATURATED, ZEROED, AugmentConfig, Augmenter, NormalizedSample, Placed
 
-GEOMETRY = {"brightness": 0, "contrast": 0, "gamma": 0, "blur_px": 0, "noise": 0}
+GEOMETRY = {"brightness": 0, "contrast": 0, "gamma": 0, "background": 0, "blur_px": 0, "noise": 0}
 NOTHING = {**GEOMETRY, "flips": False, "rotation_deg": 0, "scale": 0, "elastic_px": 0}
 
 
@@ -77,10 +77,22 @@ def test_no_strength_changes_nothing_but_the_canvas(config: AugmentConfig) -> No
 
 
 @pytest.mark.parametrize(
-    "part", ["flips", "rotation_deg", "scale", "elastic_px", "brightness", "contrast", "gamma", "blur_px", "noise"]
+    "part",
+    [
+        "flips",
+        "rotation_deg",
+        "scale",
+        "elastic_px",
+        "brightness",
+        "contrast",
+        "gamma",
+        "background",
+        "blur_px",
+        "noise",
+    ],
 )
 def test_every_part_alone_changes_the_image(part: str) -> None:
-    value = AugmentConfig.model_fields[part].default
+    value = AugmentConfig.model_fields[part].default or 0.2
     plain = Augmenter(AugmentConfig(**NOTHING))
     augment = Augmenter(AugmentConfig(**{**NOTHING, part: value, "probability": 1}))
     changed = [
@@ -106,6 +118,17 @@ def test_background_and_drawn_border_stay_exact() -> None:
         assert inside.max() < 1.3  # neither the line nor the background has bled into the nuclei
         assert np.percentile(inside, 1) > -0.3
         assert np.isfinite(values).all()
+
+
+def test_added_background_is_smooth_and_light() -> None:
+    config = AugmentConfig(**{**NOTHING, "background": 0.5, "probability": 1.0})
+    dark = NormalizedSample(
+        np.zeros((96, 96, 1), np.float32), np.zeros((96, 96), np.int32), np.zeros((96, 96), np.uint8), 0.0, 1.0
+    )
+    light_SS = Augmenter(config)(dark, 96, 3).image_SSC[..., 0]
+    assert light_SS.min() >= -1e-6
+    assert 0.01 < np.ptp(light_SS) <= 0.5
+    assert np.abs(np.diff(light_SS)).max() < 0.02
 
 
 def test_labels_keep_their_ids() -> None:
