@@ -42,3 +42,10 @@ def enclosed_regions(border_HW: Mask, min_area_px: int = 1) -> LabelImage:
     for edge in (regions_HW[0], regions_HW[-1], regions_HW[:, 0], regions_HW[:, -1]):
         enclosed[edge] = False
     return relabel(np.where(enclosed[regions_HW], regions_HW, 0).astype(np.int32))
+
+
+def median_diameter(labels_HW: LabelImage) -> float | None:
+    """Median diameter in px of the circles that have the nuclei's areas; None without nuclei."""
+    areas_px = np.bincount(np.maximum(labels_HW, 0).ravel())[1:]
+    areas_px = areas_px[areas_px > 0]
+    return float(np.median(2 * np.sqrt(areas_px / np.pi))) if areas_px.size else None

@@ -101,6 +101,7 @@ class Window:
     (int32) 0 is background and 1..N are nuclei, of which it reports those with a number in `ids_N` (int64: their label
     in the whole image, from 1). They lie whole within the window; where `ids_N` is 0, another window reports the
     nucleus, and it may be cut off here. `confidences_N` float32 in [0, 1]. A small image is one window.
+    `num_open_borders` is as in `Instances`.
     """
 
     top_px: int
@@ -109,3 +110,15 @@ class Window:
     labels_HW: NDArray[np.int32]
     ids_N: NDArray[np.int64]
     confidences_N: NDArray[np.float32]
+    num_open_borders: int | None = None
+
+
+@dataclass(frozen=True)
+class Diameters:
+    """How large the nuclei of a data set are, in pixels: of the images' median diameters the 5th, 50th and 95th
+    percentile.
+    """
+
+    low_px: float
+    typical_px: float
+    high_px: float

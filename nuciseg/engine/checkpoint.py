@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nuciseg.config import Config, parse_config
+from nuciseg.config import Config, DataConfig, parse_config
 from nuciseg.engine.shipped import describe_shipped, is_shipped_name, shipped_folder
 from nuciseg.errors import CheckpointError, ConfigError, ResourceError, writing
+from nuciseg.types import Diameters
 
 SCHEMA_VERSION = 1
 MAX_FOLDERS = 3
@@ -58,7 +59,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory. `training` is empty where only prediction is wanted."""
+    """A checkpoint in memory. `training` is empty where only prediction is wanted.
+
+    `diameters` are those of the nuclei that it was trained on, `data_format` the layout of their images; None where
+    that was not written down.
+    """
 
     config: Config
     progress: Progress
@@ -67,6 +72,8 @@ class Checkpoint:
     weights: Mapping[str, torch.Tensor]
     training: Mapping[str, torch.Tensor] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    diameters: Diameters | None = None
+    data_format: str | None = None
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
@@ -89,6 +96,8 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
             "in_channels": checkpoint.in_channels,
             "split_hash": checkpoint.split_hash,
             "scores": dict(checkpoint.scores),
+            "diameters": asdict(checkpoint.diameters) if checkpoint.diameters else None,
+            "data_format": checkpoint.data_format,
             "progress": {
                 "epoch": checkpoint.progress.epoch,
                 "step": checkpoint.progress.step,
@@ -151,7 +160,16 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
         weights=tensors[WEIGHTS_FILE],
         training=tensors.get(TRAINING_FILE, {}),
         scores=metadata["scores"],
+        diameters=Diameters(**metadata["diameters"]) if metadata.get("diameters") else None,
+        data_format=metadata.get("data_format") or _format_in(config.data),
     )
+
+
+def _format_in(data: DataConfig) -> str | None:
+    """The layout of the training images as far as the configuration tells."""
+    if data.format != "auto":
+        return data.format
+    return "synthetic" if data.root is None else None
 
 
 def replace_config(folder: Path, config: Config, scores: Mapping[str, float]) -> None:

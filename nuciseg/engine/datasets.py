@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from nuciseg.config import Config, DataConfig
 from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
@@ -14,8 +16,11 @@ from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, syn
 from nuciseg.data.splits import Split, fold_records, listed_records, split_records
 from nuciseg.engine.network import stride_of
 from nuciseg.errors import ConfigError, DataError
+from nuciseg.labels import median_diameter
 from nuciseg.targets import build_target
-from nuciseg.types import Record, Sample
+from nuciseg.types import Diameters, Record, Sample
+
+MEASURED_IMAGES = 300
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,13 @@ class TrainingSet:
     @property
     def in_channels(self) -> int:
         return int(self.samples[0].image_HWC.shape[2])
+
+    def diameters(self) -> Diameters | None:
+        """The sizes of the training nuclei, from up to 300 images; None where they have none."""
+        step = max(1, len(self.split.train) // MEASURED_IMAGES)
+        medians = [median_diameter(self.samples[index].labels_HW) for index in self.split.train[::step]]
+        known = [median for median in medians if median is not None]
+        return Diameters(*(float(value) for value in np.percentile(known, (5, 50, 95)))) if known else None
 
 
 def open_samples(config: DataConfig, split: str) -> CachedSamples:

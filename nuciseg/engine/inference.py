@@ -49,7 +49,7 @@ def predict_probabilities(
     for batch_indices in batches[place.rank :: place.world_size]:
         images_BCHW = evaluation_images(samples, batch_indices, data.normalization, network.stride, data.marking)
         shapes = [(samples.shapes[index][0], samples.shapes[index][1]) for index in batch_indices]
-        forward = partial(_forward, network)
+        forward = partial(forward_views, network)
         probabilities_BKHW = refined(forward, images_BCHW, shapes, network.target, network.rounds)
         for row, (index, (height, width)) in enumerate(zip(batch_indices, shapes, strict=True)):
             yield Probabilities(index, samples.ids[index], probabilities_BKHW[row, :, :height, :width])
@@ -99,7 +99,8 @@ def predict_instances(
 
 
 @torch.inference_mode()
-def _forward(network: Network, images_BCHW: torch.Tensor) -> NDArray[np.float32]:
+def forward_views(network: Network, images_BCHW: torch.Tensor) -> NDArray[np.float32]:
+    """Probabilities (B, K, H, W) of normalised images, their sides multiples of the stride; the mean of all views."""
     images_BCHW = images_BCHW.to(network.precision.device)
     views = [_turned(images_BCHW, view) for view in range(network.num_views)]
     found = [_turned_back(_probabilities(network, turned_BCHW), view) for view, turned_BCHW in enumerate(views)]

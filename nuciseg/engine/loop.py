@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nuciseg.config import Config
 from nuciseg.data.dataset import TrainingLoader
 from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, load_checkpoint
-from nuciseg.engine.datasets import TrainingSet
+from nuciseg.engine.datasets import TrainingSet, format_of
 from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.network import Network, build_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
@@ -59,6 +59,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.network.precision.needs_loss_scaling)
         decay = config.train.ema_decay
         self.averaged = average_weights(self.network.model, decay) if decay is not None else None
+        self.diameters = data.diameters() if place.rank == 0 else None  # the one that writes checkpoints
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
@@ -274,6 +275,8 @@ class Trainer:
             # Without averaging the weights to predict with are the raw ones: safetensors stores no tensor twice.
             training={key: tensor.clone() for key, tensor in training.items()},
             scores=metrics,
+            diameters=self.diameters,
+            data_format=format_of(self.config.data),
         )
 
     def _restore(self, folder: Path) -> None:

@@ -1,44 +1,145 @@
-"""The nuclei of an image that belongs to no data set."""
+"""The nuclei of images that belong to no data set, whatever their size and that of their nuclei."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from nuciseg.engine.datasets import refuse_smaller_than
-from nuciseg.engine.inference import predict_instances
-from nuciseg.engine.network import Network
-from nuciseg.types import Instances, Sample
+from nuciseg.data.formats import CLUSTER_FORMATS
+from nuciseg.engine.checkpoint import find_checkpoint
+from nuciseg.engine.fields import TILE_PX, ArrayPixels, Grid, Pixels, assembled, find_nuclei
+from nuciseg.engine.network import Network, load_network
+from nuciseg.engine.nucleus_size import estimated_diameter, known_sizes, scale_for
+from nuciseg.engine.precision import local_device
+from nuciseg.errors import DataError
+from nuciseg.images import saturated_value
+from nuciseg.types import Diameters, Instances, Window
+
+MOST_CUT_OUT_PX = 1 << 20  # larger images are no clusters cut out of a field
+MOST_LIT = 0.9  # share of pixels that are not 0; of the images of gnovis/nucleus no more are
+ONE_REGION = 0.99  # of those, the least that one connected region holds
+LEAST_DRAWN = 0.02  # of those, a drawn border has more
 
 
 @dataclass(frozen=True)
-class OneImage:
-    """A `SampleStore` of one image without labels."""
+class Plan:
+    """How an image will be shown to the network. `diameter_px` is None where it is not known and was not needed."""
 
-    id: str
-    sample: Sample
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return (self.id,)
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self.sample.image_HWC.shape,)
-
-    def __getitem__(self, index: int) -> Sample:
-        return (self.sample,)[index]
+    grid: Grid
+    diameter_px: float | None
+    estimated: bool
 
 
-def predict_image(network: Network, image_HW: NDArray[np.generic], name: str) -> Instances:
-    """The separated nuclei of one grey image of any size; it is padded to the network's stride inside.
+@dataclass(frozen=True)
+class Predictor:
+    """A network with what its checkpoint says of the images that it is for."""
 
-    By itself, so that the answer does not depend on which other images are asked for, as the padding of a batch
-    would make it. Raises DataError, which calls the image `name`, where a side is shorter than the stride.
+    network: Network
+    checkpoint: Path
+    trained_on: Diameters | None
+    for_clusters: bool | None  # None: the checkpoint does not say
+
+    @staticmethod
+    def load(checkpoint: Path, device: torch.device) -> Predictor:
+        """The best checkpoint that `checkpoint` means. Raises CheckpointError."""
+        folder = find_checkpoint(checkpoint)
+        network, loaded = load_network(folder, device)
+        trained_on = loaded.diameters and known_sizes(loaded.diameters, loaded.config.augment)
+        for_clusters = None if loaded.data_format is None else loaded.data_format in CLUSTER_FORMATS
+        return Predictor(network, folder, trained_on, for_clusters)
+
+    def plan(self, pixels: Pixels, name: str, diameter_px: float | None = None, tile_px: int = TILE_PX) -> Plan:
+        """How to show an image whose nuclei have this diameter, or one that is estimated.
+
+        Raises DataError, which calls the image `name`, where the network is for another sort of image: for clusters
+        that were cut out on black, or for whole fields.
+        """
+        self._refuse_another_sort(pixels, name)
+        if self.for_clusters:
+            height, width = pixels.shape
+            whole = max(height, width)
+            scale = 1.0 if diameter_px is None or self.trained_on is None else scale_for(diameter_px, self.trained_on)
+            return Plan(Grid.at(scale, max(tile_px, _multiple(whole * scale))), diameter_px, estimated=False)
+        if self.trained_on is None:
+            return Plan(Grid.at(1.0, tile_px), diameter_px, estimated=False)
+        estimated = diameter_px is None
+        if diameter_px is None:
+            diameter_px = estimated_diameter(self.network, pixels, self.trained_on)
+        scale = 1.0 if diameter_px is None else scale_for(diameter_px, self.trained_on)
+        return Plan(Grid.at(scale, tile_px), diameter_px, estimated)
+
+    def windows(self, pixels: Pixels, plan: Plan) -> Iterator[Window]:
+        """The nuclei, window by window; see `find_nuclei`."""
+        return find_nuclei(self.network, pixels, plan.grid, count_open_borders=bool(self.for_clusters))
+
+    def instances(self, image_HW: NDArray[Any], name: str = "image", diameter_px: float | None = None) -> Instances:
+        """All nuclei of an image in memory."""
+        pixels = ArrayPixels(image_HW)
+        windows = list(self.windows(pixels, self.plan(pixels, name, diameter_px)))
+        found = assembled(iter(windows), pixels.shape)
+        return replace(found, num_open_borders=windows[0].num_open_borders if len(windows) == 1 else None)
+
+    def _refuse_another_sort(self, pixels: Pixels, name: str) -> None:
+        if self.for_clusters is None:
+            return
+        if self.for_clusters and not looks_cut_out(pixels):
+            raise DataError(
+                f"{name} is no cluster of nuclei cut out on black, which {self.checkpoint} was trained on; for whole "
+                "fields take --checkpoint nuciseg/fields"
+            )
+        if not self.for_clusters and looks_cut_out(pixels, and_marked=True):
+            raise DataError(
+                f"{name} is a cluster of nuclei cut out on black, but {self.checkpoint} was trained on whole fields; "
+                "take --checkpoint nuciseg/separator"
+            )
+
+
+@lru_cache(maxsize=2)
+def loaded_predictor(checkpoint: Path) -> Predictor:
+    """The predictor of `checkpoint` on the first GPU or the CPU, kept in memory. Raises CheckpointError."""
+    return Predictor.load(checkpoint, local_device())
+
+
+def refuse_unusable(image_HW: NDArray[Any]) -> None:
+    """Raise DataError for what is no grey image of finite numbers."""
+    if image_HW.ndim != 2 or image_HW.size == 0 or image_HW.dtype.kind not in "uif":
+        raise DataError(
+            f"an image of shape {image_HW.shape} and type {image_HW.dtype} cannot be predicted; give one grey plane of "
+            "numbers, rows x columns"
+        )
+    if image_HW.dtype.kind == "f" and not np.isfinite(image_HW).all():
+        num_wrong = int(np.count_nonzero(~np.isfinite(image_HW)))
+        raise DataError(f"{num_wrong} pixels of the image are NaN or infinite; replace them, by 0 for example")
+
+
+def looks_cut_out(pixels: Pixels, *, and_marked: bool = False) -> bool:
+    """Whether the image is a cluster cut out on black: all that is not exactly 0 is one region, and a part is 0.
+
+    With `and_marked` only where its border is drawn in the largest value, too: one nucleus in a field from which the
+    background was subtracted is no cluster.
     """
-    image = OneImage(name, Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
-    refuse_smaller_than(network.stride, image)
-    ((found, instances),) = predict_instances(network, image, [0])
-    return replace(instances, num_open_borders=network.target.open_borders(found.maps_KHW))
+    height, width = pixels.shape
+    if height * width > MOST_CUT_OUT_PX:
+        return False
+    image_HW = pixels.read(0, 0, height, width)
+    lit_HW = image_HW != 0
+    num_lit = np.count_nonzero(lit_HW)
+    if not 0 < num_lit <= MOST_LIT * lit_HW.size:
+        return False
+    if and_marked and np.count_nonzero(image_HW == saturated_value(image_HW)) < LEAST_DRAWN * num_lit:
+        return False
+    _, _, stats, _ = cv2.connectedComponentsWithStats(lit_HW.view(np.uint8), connectivity=8)
+    return bool(stats[1:, cv2.CC_STAT_AREA].max() >= ONE_REGION * num_lit)
+
+
+def _multiple(length_px: float) -> int:
+    """The smallest multiple of 256 that is not below: tiles begin on whole strides of every network."""
+    return 256 * max(1, -(-int(np.ceil(length_px)) // 256))

@@ -24,10 +24,20 @@ from nuciseg.outputs.canvas import LabelCanvas, MasksWriter
 from nuciseg.outputs.nuclei import ReportedNuclei
 from nuciseg.outputs.overlay import OverlayWriter
 from nuciseg.outputs.shapes import GeoJsonWriter, RoisWriter
-from nuciseg.outputs.tables import ImageResult, MeasurementsWriter, Summary, Totals, write_summary
+from nuciseg.outputs.tables import ImageResult, MeasurementsWriter, Summary, Totals, read_summary, write_summary
 from nuciseg.types import Window
 
-__all__ = ["OUTPUT_NAMES", "ImageResult", "OutputName", "Outputs", "Summary", "open_outputs", "write_summary"]
+__all__ = [
+    "OUTPUT_NAMES",
+    "ImageResult",
+    "OutputName",
+    "Outputs",
+    "Summary",
+    "open_outputs",
+    "output_files",
+    "read_summary",
+    "write_summary",
+]
 
 OutputName = Literal["masks", "overlay", "rois", "geojson", "measurements"]
 OUTPUT_NAMES: tuple[OutputName, ...] = get_args(OutputName)
@@ -39,6 +49,11 @@ _ENDINGS: dict[OutputName, str] = {
     "geojson": ".geojson",
     "measurements": "_measurements.csv",
 }
+
+
+def output_files(names: Iterable[OutputName], stem: str) -> list[str]:
+    """The names of the files that these outputs of an image are."""
+    return [stem + _ENDINGS[name] for name in names]
 
 
 class Writer(Protocol):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nuciseg.errors import DataError
 from nuciseg.images import write_bytes
 from nuciseg.outputs.nuclei import COLUMNS, Figure, ReportedNuclei, tidy
 
@@ -96,3 +97,23 @@ def write_summary(path: Path, rows: Iterable[ImageResult]) -> None:
         table.writerow([row.file, "done" if row.summary else "failed", row.reason, *map(tidy, values)])
     # A file name that is no UTF-8 reaches Python with surrogates; they go out as the bytes they were.
     write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_summary(path: Path) -> list[ImageResult]:
+    """The rows of a file that `write_summary` wrote. Raises `DataError` where it is none."""
+    figures = list(asdict(Summary(0)))
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return [_row(values, figures) for values in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no summary of predictions ({error}); remove it, or do without --resume.") from error
+
+
+def _row(values: dict[str, str], figures: list[str]) -> ImageResult:
+    def number(name: str) -> float | None:
+        return float(values[name]) if values[name] else None
+
+    summary = None
+    if values["status"] == "done":
+        summary = Summary(int(values["num_nuclei"]), *(number(name) for name in figures[1:]))
+    return ImageResult(values["file"], summary, values["reason"], number("pixel_size_um"), number("diameter_used_px"))
