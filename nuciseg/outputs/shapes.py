@@ -55,7 +55,7 @@ class GeoJsonWriter:
                 "geometry": {"type": "Polygon", "coordinates": [[*ring, ring[0]]]},
                 "properties": {"objectType": "detection", "name": str(row["label"]), "measurements": measurements},
             }
-            self._file.write(self._separator + json.dumps(feature))
+            self._file.write(self._separator + json.dumps(feature, separators=(",", ":")))
             self._separator = ",\n"
 
     def finish(self) -> None:

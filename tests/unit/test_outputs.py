@@ -24,6 +24,7 @@ from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.images import read_labels, write_labels_tiff
 from nuciseg.outputs import OUTPUT_NAMES, ImageResult, Summary, open_outputs, write_summary
 from nuciseg.outputs.nuclei import COLUMNS
+from nuciseg.outputs.overlay import BAND_PX
 from nuciseg.plots import overlay_rgb
 from nuciseg.types import Window
 
@@ -198,6 +199,23 @@ def test_a_large_image_has_a_tiled_mask_and_a_reduced_picture(tmp_path: Path) ->
     expected = overlay_rgb(reduced_HW, labels_HW[1:402:3, 1:8199:3])
     differs_HW = np.abs(expected[:-1, :-1].astype(int) - picture[:133, :2732]).max(axis=2) > 2
     assert differs_HW.mean() < 0.001
+
+
+def test_a_tall_picture_has_no_seams(tmp_path: Path) -> None:
+    """It is drawn some rows at a time."""
+    drawn = draw(46, 3)
+    assert drawn.labels_HW.shape[0] > 2 * BAND_PX
+    assert drawn.labels_HW[BAND_PX - 1 : BAND_PX + 1].any()
+    write(tmp_path, [drawn.whole()], drawn.labels_HW.shape, ["overlay"])
+    np.testing.assert_array_equal(iio.imread(tmp_path / "a_overlay.png"), overlay_rgb(drawn.image_HW, drawn.labels_HW))
+
+
+def test_a_mask_too_large_for_a_classic_tiff_is_a_bigtiff(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nuciseg.outputs.canvas.CLASSIC_TIFF_BYTES", 10**5)  # four billion take too long
+    write(tmp_path, [_empty((8, 5000))], (8, 5000), ["masks"])
+    with tifffile.TiffFile(tmp_path / "a_masks.tif") as tiff:
+        assert tiff.is_bigtiff
+    assert read_labels(tmp_path / "a_masks.tif").shape == (8, 5000)
 
 
 def test_ids_beyond_16_bits_are_kept(tmp_path: Path) -> None:
