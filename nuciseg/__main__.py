@@ -15,6 +15,7 @@ VERBS = {
     "train": "train one network on any number of workers",
     "evaluate": "score a network beside trivial baselines, with a picture of each image, worst first",
     "predict": "write a label image and a picture with outlined nuclei for each image",
+    "export": "write a network for other programs: ONNX, or a bioimage.io model package",
     "cut": "cut clusters of touching nuclei out of labelled fields, as a data set to train on",
     "report": "write a page of runs and searches: ranked, compared, with curves and pictures",
     "study": "write a page of questions, each answered by a finished search, from what is kept of them",
