@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from nuciseg.config import Config
 from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
 from nuciseg.engine.precision import Precision, choose_precision
 from nuciseg.errors import CheckpointError
-from nuciseg.models import build_model, set_initial_probabilities
+from nuciseg.models import ModelConfig, build_model, set_initial_probabilities
 from nuciseg.models.summary import ModelSummary, summarize
 from nuciseg.targets import Target, TargetConfig, build_target
 
@@ -54,13 +55,19 @@ def stride_of(config: Config) -> int:
 
 def count_parameters(config: Config) -> int:
     """How many numbers training changes in the network that `config` describes, for grey images."""
-    return sum(parameter.numel() for parameter in _outline(config).parameters())
+    return _num_parameters(config.model, len(build_target(config.target).map_names))
 
 
 def summarize_network(config: Config) -> ModelSummary:
     """Stages, parameters and operations of the network that `config` describes, for a grey crop of `data.crop_px`."""
     num_maps = len(build_target(config.target).map_names)
     return summarize(config.model, in_channels=1, num_maps=num_maps, side_px=config.data.crop_px)
+
+
+@lru_cache(maxsize=64)  # the hundreds of trials of a study have few networks between them
+def _num_parameters(model: ModelConfig, num_maps: int) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model, 1, num_maps, load_weights=False).parameters())
 
 
 def _outline(config: Config) -> nn.Module:
