@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"bioimage.io test: {said}")
         if network.config.data.normalization.ignore_extremes:
             print(
-                "zeroed background and saturated pixels are marks to this network, which the package cannot say: "
-                "its README tells what to do"
+                "beware: zeroed background and saturated pixels are marks to this network, and the package's "
+                "preprocessing cannot say so; on images with such pixels it may take background for nuclei (its README)"
             )
     write_bytes(args.out, data)
     print(f"written to {args.out}, {len(data) / 1e6:.1f} MB (checkpoint {checkpoint_path})")

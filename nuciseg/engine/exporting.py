@@ -114,7 +114,7 @@ def _traced(model: nn.Module, network: Network) -> bytes:
             torch.onnx.export(
                 model,
                 (torch.from_numpy(_noise(network, _TRACED)),),
-                buffer,
+                buffer,  # type: ignore[arg-type]  # the older exporter takes files too
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=[INPUT_NAME],

@@ -1,8 +1,10 @@
 """A network as a bioimage.io model: a zip that ilastik, deepImageJ and others of that community run.
 
 The description (https://bioimage.io, model format 0.5) has a step for scaling between percentiles and one for clipping,
-not for leaving out zeroed background and drawn border (`data.normalization.ignore_extremes`): what follows from that
-stands in the package's README. Its percentiles are interpolated, ours of integers are not: less than one grey level.
+not for zeroed background and drawn border as marks (`data.normalization.ignore_extremes`). A network that knows them is
+misled: on 20 drawn clusters the shipped separator's foreground had an IoU of 0.99 with the truth as nuciseg normalises
+and 0.61 as its package does. The package passes the format's test all the same, so its README and the command say it.
+Its percentiles are interpolated between two neighbouring values of the image, ours of integers are one of them.
 
 Nothing is fetched: the description names no address and no account, and all its files lie beside it.
 """
@@ -110,7 +112,8 @@ def scale_range(image_BCHW: NDArray[np.float32], config: NormalizationConfig) ->
     count among the percentiles and are no marks."""
     percentiles = [config.low_percentile, config.high_percentile]
     low, high = np.percentile(image_BCHW, percentiles, axis=(1, 2, 3), keepdims=True)
-    return np.clip((image_BCHW - low) / (high - low + EPSILON), *NORMALIZED_RANGE).astype(np.float32)
+    scaled_BCHW = (image_BCHW - low) / (high - low + EPSILON)
+    return np.asarray(np.clip(scaled_BCHW, *NORMALIZED_RANGE), np.float32)
 
 
 def _example(stride: int) -> NDArray[np.uint8]:
@@ -190,7 +193,7 @@ def _description(network: Network, credits: Credits, folder: Path) -> v0_5.Model
         description="Separates touching cell nuclei in fluorescence microscopy: probabilities of "
         f"{', '.join(network.target.map_names)}.",
         authors=[v0_5.Author(name=name) for name in credits.authors],
-        license=credits.license,  # type: ignore[arg-type]  # pydantic checks and converts it
+        license=credits.license,
         documentation=FileDescr(source=folder / "README.md"),
         covers=[FileDescr(source=folder / "cover.png")],
         tags=["nuclei", "instance-segmentation", "fluorescence-light-microscopy", "2d", "unet", "pytorch"],
@@ -207,8 +210,8 @@ def _instructions(network: Network) -> str:
     extremes = (
         " The network was trained with zeroed background and saturated pixels as marks: left out of the percentiles, "
         f"then set to {NORMALIZED_RANGE[0]:g} and {NORMALIZED_RANGE[1]:g} (`ignore_extremes`). The description of this "
-        "package cannot say so. Images with such pixels are scaled otherwise than nuciseg scales them, and the answer "
-        "is worse; to get nuciseg's, normalise like that and run `weights.onnx` itself."
+        "package cannot say so: where images have such pixels, as cut-out clusters do, its preprocessing misleads the "
+        "network, which may take background for nuclei. For those, normalise as said here and run `weights.onnx`."
         if normalization.ignore_extremes
         else ""
     )
@@ -226,7 +229,8 @@ Nuclei are not in the graph: nuciseg {about["nuciseg_version"]} decodes them fro
 {json.dumps(about["decode"], indent=1)}
 ```
 
-The test images and the cover are drawn by nuciseg's simulator; the outlines on the cover are what this network found.
+The test images and the cover are drawn by nuciseg's simulator; the outlines on the cover are what \
+this network found in nuciseg, which normalises as it was trained.
 
 ## Validation
 

@@ -46,6 +46,7 @@ def test_the_shipped_weights_as_a_package(tmp_path: Path, capsys: pytest.Capture
     assert export("nuciseg/separator", "--format", "bioimageio", "--out", out) == 0
     said = capsys.readouterr()
     assert "bioimage.io test: passed (" in said.out
+    assert "beware: zeroed background" in said.out
     assert said.err == ""
     with zipfile.ZipFile(out) as package:
         description, readme = package.read("rdf.yaml").decode(), package.read("README.md").decode()
