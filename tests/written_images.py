@@ -29,9 +29,11 @@ def save_tiff(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     return path
 
 
-def save_zarr(path: Path, pixels: np.ndarray, letters: str, version: str = "0.5", **image: Any) -> Path:
+def save_zarr(
+    path: Path, pixels: np.ndarray, letters: str, version: str = "0.5", chunk: int = 16, **image: Any
+) -> Path:
     group = zarr.open_group(path, mode="w", zarr_format=2 if version == "0.4" else 3)
-    group.create_array("0", data=pixels, chunks=(*(1,) * (pixels.ndim - 2), 16, 16))
+    group.create_array("0", data=pixels, chunks=(*(1,) * (pixels.ndim - 2), chunk, chunk))
     kinds = {"t": "time", "c": "channel"}
     scale = [0.5 if axis in "yx" else 2.0 for axis in letters]
     names = [{"label": name} for name in image.pop("names", ())]

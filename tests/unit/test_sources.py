@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from written_images import CHANNELS, GREY8, GREY16, RGB, STACK, read_by_windows, save_tiff, save_zarr, whole
 
 from nuciseg.errors import DataError
@@ -83,6 +84,13 @@ def test_the_finest_level_of_a_pyramid_is_taken(tmp_path: Path, windows: None) -
         tiff.write(GREY16, subifds=1, metadata={"axes": "YX"}, **options)
         tiff.write(GREY16[::2, ::2], subfiletype=1, **options)
     np.testing.assert_array_equal(whole(path), GREY16)
+
+
+def test_the_thumbnail_beside_a_slide_is_left_out(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(GREY16, photometric="minisblack", metadata=None)
+        tiff.write(GREY8[:7, :5], photometric="minisblack", metadata=None, subfiletype=1)
+    np.testing.assert_array_equal(whole(tmp_path / "a.tif"), GREY16)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (10, 20_000), (20_000, 10)])
@@ -185,6 +193,11 @@ def test_jpeg_tiles_of_a_slide(tmp_path: Path, windows: None) -> None:
     np.testing.assert_allclose(whole(path), 0.299 * 200 + 0.587 * 100 + 0.114 * 50, atol=3)
 
 
+def test_a_printers_jpeg_is_colour_and_not_transparent(tmp_path: Path) -> None:
+    Image.new("RGB", (24, 16), (200, 100, 50)).convert("CMYK").save(tmp_path / "a.jpg")
+    np.testing.assert_allclose(whole(tmp_path / "a.jpg"), 0.299 * 200 + 0.587 * 100 + 0.114 * 50, atol=3)
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
 def test_alpha_is_dropped_where_it_hides_nothing(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
@@ -232,6 +245,11 @@ def test_a_channel_is_chosen_by_its_number_and_never_guessed(tmp_path: Path) -> 
                 whole(path, channel=channel)
     with pytest.raises(DataError, match=r"2 channels \(0 DAPI, 1 GFP\)"):
         whole(tmp_path / "ome.ome.tif")
+
+
+def test_a_tiff_is_known_by_its_contents(tmp_path: Path) -> None:
+    path = save_tiff(tmp_path / "a.img", CHANNELS, imagej=True, metadata={"axes": "CYX"})
+    np.testing.assert_array_equal(whole(path, channel=1), CHANNELS[1])
 
 
 def test_the_only_channel_is_number_0(tmp_path: Path) -> None:

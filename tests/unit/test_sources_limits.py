@@ -98,6 +98,24 @@ def test_a_file_cut_anywhere_is_refused_or_still_holds_every_pixel(
     assert refused > len(cuts) - 45  # what is cut off the very end may be words alone
 
 
+def test_of_a_damaged_file_one_sentence_is_said(tmp_path: Path) -> None:
+    data = save_tiff(tmp_path / "a.tif", STACK, imagej=True).read_bytes()
+    (tmp_path / "a.tif").write_bytes(data[:10_000])
+    code = """if True:
+        import sys
+        from nuciseg.errors import DataError
+        from nuciseg.sources import open_source
+        try:
+            open_source(sys.argv[1]).__enter__()
+        except DataError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "a.tif")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "truncated or damaged" in done.stdout
+    assert done.stderr == ""
+
+
 def test_one_file_of_a_set_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"photometric": "minisblack"}
     path = save_tiff(tmp_path / "a.ome.tif", STACK, metadata={"axes": "ZYX"})
@@ -111,7 +129,10 @@ def test_one_file_of_a_set_is_refused(tmp_path: Path) -> None:
     assert elsewhere != described
     tifffile.imwrite(path, STACK[0], description=elsewhere, metadata=None, **options)
     tifffile.imwrite(tmp_path / "b.ome.tif", STACK[1], metadata=None, **options)
-    with pytest.raises(DataError, match=r"a\.ome\.tif (is one file of an OME-TIFF of several|is truncated)"):
+    with pytest.raises(DataError, match=r"a\.ome\.tif is one file of an OME-TIFF of several"):
+        whole(path, plane=0)
+    (tmp_path / "b.ome.tif").unlink()
+    with pytest.raises(DataError, match=r"a\.ome\.tif is truncated or damaged"):
         whole(path, plane=0)
 
 
@@ -140,6 +161,13 @@ def test_an_image_that_must_be_read_whole_is_refused_beyond_a_limit(
     for name, options in (("tiles.tif", {"tile": (16, 16)}), ("plain.tif", {})):
         np.testing.assert_array_equal(whole(save_tiff(tmp_path / name, GREY8, **options)), GREY8)
     np.testing.assert_array_equal(whole(save_zarr(tmp_path / "a.zarr", GREY8, "yx")), GREY8)
+
+
+def test_what_lies_in_one_large_piece_is_decoded_once(tmp_path: Path, windows: None) -> None:
+    path = save_zarr(tmp_path / "a.zarr", GREY8, "yx", chunk=64)
+    with open_source(path) as source:
+        (path / "0" / "c" / "0" / "0").unlink()
+        np.testing.assert_array_equal(source.read(3, 5, 20, 30), GREY8[3:23, 5:35])
 
 
 def test_a_header_that_claims_much_more_than_the_file_can_hold_is_damaged(tmp_path: Path) -> None:
