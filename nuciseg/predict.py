@@ -1,89 +1,112 @@
-"""Separate the nuclei of images: a label TIFF and a picture with outlined nuclei for each.
+"""Find the nuclei of images of any size: labels, a picture, measurements, and what ImageJ and QuPath read.
 
-python -m nuciseg.predict --checkpoint nuciseg/separator images/*.png --out labels
-python -m nuciseg.predict --checkpoint runs/RUN images/*.png --out labels
+python -m nuciseg.predict images --out nuclei
+python -m nuciseg.predict slide.ome.tif --channel 0 --diameter 8um --rois --geojson --out nuclei
+python -m nuciseg.predict --checkpoint nuciseg/separator clusters/*.png --out labels
+
+In Python: `nuciseg.predict(image)`.
 """
 
 from __future__ import annotations
 
 import argparse
 import glob
+import math
 import sys
+import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, run_verb
 from nuciseg.engine.shipped import describe_shipped
-from nuciseg.errors import DataError
+from nuciseg.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from nuciseg.engine.network import Network
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nuciseg.engine.files import FileResult, Request
+    from nuciseg.outputs import ImageResult
     from nuciseg.types import Instances
 
 # torch and all that needs it are imported where they are used, so that --help answers at once.
 
-OVERLAY_PX = 384  # small images are enlarged in the picture by a whole factor, so that outlines are seen
+DEFAULT_CHECKPOINT = "nuciseg/fields"
+SUMMARY_FILE = "summary.csv"
+BY_DEFAULT = ("masks", "overlay", "measurements")
+OUTPUTS = {
+    "masks": "STEM_masks.tif: labels, int32, rows x columns as the image, 0 background, nuclei 1 to N",
+    "overlay": "STEM_overlay.png: the image with its nuclei outlined; small images enlarged, large ones reduced",
+    "measurements": "STEM_measurements.csv: size, place, shape, intensity and confidence of each nucleus",
+    "rois": "STEM_rois.zip: outlines as regions of interest for ImageJ",
+    "geojson": "STEM.geojson: outlines and measurements for QuPath",
+}
 
 DESCRIPTION = f"""\
-Separate the nuclei of images.
+Find the nuclei of images: whole microscope fields and slides, or with --checkpoint nuciseg/separator clusters that were
+cut out on black. No training is needed.
 
-For each image STEM.* writes to --out
-  STEM_masks.tif     labels: int32, rows x columns as the image, 0 background, nuclei 1 to N
-  STEM_overlay.png   the image with its nuclei outlined; enlarged where it is smaller than {OVERLAY_PX} pixels
-
-An image that cannot be read is reported and left out, and the exit code is 2.
+For each image STEM.* the files below are written to --out, and {SUMMARY_FILE} has one row an image. An image that
+cannot be used is reported and left out, and the exit code is 2.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict all inputs; raises NucisegError, for an image that could not be predicted after all others are done."""
     args = _parser().parse_args(argv)
+    request = _request(args)
     paths = expand_inputs(args.input, args.out)
 
+    from nuciseg.distributed.prediction import predict_files
     from nuciseg.engine.checkpoint import find_checkpoint
-    from nuciseg.engine.network import load_network
-    from nuciseg.engine.precision import local_device
     from nuciseg.images import require_writable
+    from nuciseg.outputs import write_summary
 
-    checkpoint_path = find_checkpoint(args.checkpoint)
-    network, _ = load_network(checkpoint_path, local_device())
+    checkpoint = find_checkpoint(args.checkpoint)
     require_writable(args.out)
-    failed = num_nuclei = doubtful = 0
-    for path in paths:
-        try:
-            instances = predict_file(network, path, args.out)
-        except DataError as error:
-            if len(paths) == 1:
-                raise
-            failed += 1
-            print(f"nuciseg: {error}", file=sys.stderr)
-            continue
-        num_found = len(instances.confidences_N)
-        num_nuclei += num_found
-        doubtful += bool(instances.num_open_borders)
-        flag = f", open borders: {instances.num_open_borders}, look at it" if instances.num_open_borders else ""
-        print(f"{path}: {num_found} nuclei{flag}")
-    done = len(paths) - failed
-    print(f"{num_nuclei} nuclei in {done} images, written to {args.out} (checkpoint {checkpoint_path})")
+    rows: dict[str, ImageResult] = {}
+    if args.resume:
+        rows = _finished_rows(args.out, request)
+    pending = [path for path in paths if str(path) not in rows]
+    if len(pending) < len(paths):
+        print(f"{len(paths) - len(pending)} of {len(paths)} images were finished before")
+    doubtful = 0
+    try:
+        for result in predict_files(pending, checkpoint, request, num_workers=args.workers):
+            rows[result.row.file] = result.row
+            doubtful += bool(result.num_open_borders)
+            _say(result)
+    finally:
+        if len(paths) > 1 or any(row.summary for row in rows.values()):
+            write_summary(args.out / SUMMARY_FILE, [rows[str(path)] for path in paths if str(path) in rows])
+    done = [row.summary for row in rows.values() if row.summary is not None]
+    num_nuclei = sum(summary.num_nuclei for summary in done)
+    print(f"{num_nuclei} nuclei in {len(done)} images, written to {args.out} (checkpoint {checkpoint})")
     if doubtful:
         print(f"images whose borders do not close, flagged above, may be cut wrongly: {doubtful}")
+    failed = [row for row in rows.values() if row.summary is None]
+    if failed and len(paths) == 1:
+        raise DataError(failed[0].reason)
     if failed:
-        raise DataError(f"{failed} of {len(paths)} images could not be predicted (reasons above); the rest is done")
+        raise DataError(
+            f"{len(failed)} of {len(paths)} images could not be predicted (reasons above); the rest is done"
+        )
 
 
-def predict_file(network: Network, path: Path, out: Path) -> Instances:
-    """Write labels and picture of the image at `path`; returns its nuclei. Raises DataError."""
-    from nuciseg.engine.prediction import predict_image
-    from nuciseg.images import read_image, write_labels_tiff, write_png
-    from nuciseg.plots import overlay_rgb
+def predict(
+    image_HW: NDArray[np.generic], *, checkpoint: Path | str = DEFAULT_CHECKPOINT, diameter_px: float | None = None
+) -> Instances:
+    """The nuclei of one grey image (H, W): `labels_HW` int32, 0 background, 1..N, and `confidences_N` float32.
 
-    image_HW = read_image(path)
-    instances = predict_image(network, image_HW, str(path))
-    scale = max(1, OVERLAY_PX // max(image_HW.shape))
-    write_labels_tiff(out / f"{path.stem}_masks.tif", instances.labels_HW)
-    write_png(out / f"{path.stem}_overlay.png", overlay_rgb(image_HW, instances.labels_HW, scale=scale))
-    return instances
+    Any number type and size; `diameter_px`, the typical diameter of a nucleus in pixels, is estimated where it is not
+    given. `checkpoint` is the name of weights that come with nuciseg, or the folder of a run. Loaded once, a network is
+    kept for the next image. Raises DataError, CheckpointError.
+    """
+    from nuciseg.engine.prediction import loaded_predictor, refuse_unusable
+
+    refuse_unusable(image_HW)
+    return loaded_predictor(Path(checkpoint)).instances(image_HW, diameter_px=diameter_px)
 
 
 def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
@@ -108,39 +131,151 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
 
 
 def _files_of(text: str, out: Path) -> list[Path]:
-    from nuciseg.images import IMAGE_SUFFIXES
-
     path = Path(text)
-    if path.is_dir():
+    if path.is_dir() and not _is_image(path):
         if path.resolve() == out.resolve():
             raise DataError(f"--out {out} is the folder of the images; choose another for the results")
-        return sorted(each for each in path.iterdir() if _is_image(each, IMAGE_SUFFIXES))
+        return sorted(each for each in path.iterdir() if _is_image(each))
     if path.exists():
         return [path]
-    return sorted(each for each in map(Path, glob.glob(text, recursive=True)) if _is_image(each, IMAGE_SUFFIXES))
+    return sorted(each for each in map(Path, glob.glob(text, recursive=True)) if _is_image(each))
 
 
-def _is_image(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+def _is_image(path: Path) -> bool:
+    from nuciseg.sources import SOURCE_SUFFIXES
+
+    is_one = path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()
+    return path.suffix.lower() in SOURCE_SUFFIXES and not path.name.startswith(".") and is_one
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from nuciseg.engine.files import Diameter, Request
+
+    outputs = tuple(name for name in OUTPUTS if getattr(args, name))
+    if not outputs:
+        raise ConfigError(f"nothing is to be written; leave one of {', '.join(f'--{name}' for name in OUTPUTS)} on")
+    if args.pixel_size is not None and not (args.pixel_size > 0 and math.isfinite(args.pixel_size)):
+        raise ConfigError(
+            f"--pixel-size {args.pixel_size:g} is no size; give the width of a pixel in um, such as 0.325"
+        )
+    return Request(
+        outputs=outputs,  # type: ignore[arg-type]  # the keys of OUTPUTS are OutputNames; a test compares them
+        out=args.out,
+        channel=args.channel,
+        plane=args.plane,
+        diameter=Diameter.parse(args.diameter) if args.diameter is not None else None,
+        pixel_size_um=args.pixel_size,
+        allow_large=args.allow_large,
+        tile_px=args.tile_px,
+    )
+
+
+def _finished_rows(out: Path, request: Request) -> dict[str, ImageResult]:
+    """The rows of an earlier run's summary whose files are all there."""
+    from nuciseg.outputs import output_files, read_summary
+
+    rows = read_summary(out / SUMMARY_FILE) if (out / SUMMARY_FILE).is_file() else []
+    return {
+        row.file: row
+        for row in rows
+        if row.summary is not None
+        and all((out / name).is_file() for name in output_files(request.outputs, Path(row.file).stem))
+    }
+
+
+def _say(result: FileResult) -> None:
+    row = result.row
+    if row.summary is None:
+        print(f"nuciseg: {row.reason}", file=sys.stderr)
+        return
+    size = (
+        ""
+        if row.diameter_px is None
+        else f", {'estimated ' if result.estimated else ''}diameter {row.diameter_px:.0f} px"
+    )
+    flag = f", open borders: {result.num_open_borders}, look at it" if result.num_open_borders else ""
+    print(f"{row.file}: {row.summary.num_nuclei} nuclei{size}{flag}")
+    for notice in result.notices:
+        print(f"  {notice}")
+
+
+def _plane(text: str) -> int | str:
+    if text in ("max", "mean"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no plane: give its number from 0, max or mean")
+    return int(text)
+
+
+def _whole(least: int, multiple: int = 1) -> Any:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or int(text) % multiple:
+            of = f" that {multiple} divides" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least {least}{of}")
+        return int(text)
+
+    return whole
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("predict", DESCRIPTION, usage="%(prog)s --checkpoint PATH INPUT... [--out DIR]")
+    parser = Parser("predict", DESCRIPTION, usage="%(prog)s INPUT... [--out DIR] [--checkpoint PATH] [options]")
     parser.add_argument(
         "input", nargs="+", metavar="INPUT",
-        help="image file, folder of images or quoted pattern; 8- or 16-bit grey PNG, TIFF or JPEG of any size",
+        help="image file, folder of images or quoted pattern: TIFF, OME-TIFF, PNG, JPEG, OME-Zarr; CZI, ND2 and LIF "
+        "with the extra nuciseg[vendor]; 8 to 16 bit or float, of any size",
     )  # fmt: skip
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="PATH",
+        "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), metavar="PATH",
         help="a run's folder (its best checkpoint is taken), one checkpoint's, or the name of weights that come with "
-        f"nuciseg: {describe_shipped()} (path or name, required)",
+        f"nuciseg: {describe_shipped()} (path or name, default: {DEFAULT_CHECKPOINT})",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="DIR",
         help="folder for the results; files of the same name are replaced (path, default: predictions)",
     )  # fmt: skip
+    for name, text in OUTPUTS.items():
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, default=name in BY_DEFAULT,
+            help=f"{text} (default: {'on' if name in BY_DEFAULT else 'off'})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--diameter", metavar="SIZE",
+        help="typical diameter of a nucleus: 30 or 30px in pixels, 8um in micrometres (default: estimated)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pixel-size", type=float, metavar="UM",
+        help="width of a pixel in micrometres (default: what the file says)",
+    )  # fmt: skip
+    parser.add_argument("--channel", type=_whole(0), metavar="N", help="which channel, from 0, where there are several")
+    parser.add_argument(
+        "--plane", type=_plane, metavar="N",
+        help="which plane of a stack, from 0; max or mean: all planes projected",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=_whole(1), default=1, metavar="N",
+        help="so many networks at a time, as Ray actors on this machine or the cluster (default: 1, without Ray)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help=f"leave out images that {SUMMARY_FILE} in --out has as done"
+    )
+    parser.add_argument(
+        "--allow-large", action="store_true", help="read images that claim more than a gigapixel, whole if need be"
+    )
+    parser.add_argument(
+        "--tile-px", type=_whole(256, 256), default=1024, metavar="N",
+        help="side of the tiles that the network sees, a multiple of 256; smaller takes less memory (default: 1024)",
+    )  # fmt: skip
     return parser
 
+
+class _CallableModule(types.ModuleType):
+    """`nuciseg.predict` is this module, which `python -m` runs, and the function that it is named after."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Instances:
+        return predict(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     run_verb(main)

@@ -182,7 +182,7 @@ class AddBackground(A.ImageOnlyTransform):  # type: ignore[misc]  # albumentatio
 
     def apply(self, img: NDArray[Any], grid: NDArray[np.float32], **params: Any) -> NDArray[Any]:
         light_HW = np.asarray(cv2.resize(grid, (img.shape[1], img.shape[0]), interpolation=cv2.INTER_LINEAR))
-        return np.minimum(img + light_HW.reshape(*img.shape[:2], *(1,) * (img.ndim - 2)), 1)
+        return np.asarray(np.minimum(img + light_HW.reshape(*img.shape[:2], *(1,) * (img.ndim - 2)), 1))
 
 
 def _elastic_shift(canvas_px: int, strength_px: float, rng: np.random.Generator) -> NDArray[np.float32]:

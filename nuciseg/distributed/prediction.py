@@ -1,0 +1,88 @@
+"""Many images: by one network in this process, or streamed through a pool of Ray actors with one network each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nuciseg.engine.files import FileResult, Request, predict_file
+from nuciseg.engine.precision import local_device
+from nuciseg.engine.prediction import Predictor
+from nuciseg.errors import DataError, ResourceError
+from nuciseg.outputs import ImageResult
+
+
+def predict_files(
+    paths: Sequence[Path], checkpoint: Path, request: Request, *, num_workers: int = 1
+) -> Iterator[FileResult]:
+    """The result of each image as it is finished; one that cannot be used has a reason and no summary.
+
+    With several workers each needs a CPU, and a GPU where the cluster has any; on several machines they read and write
+    the same paths, so these must lie on storage that all share. Raises CheckpointError, ResourceError.
+    """
+    if not paths:
+        return
+    if num_workers > 1:
+        yield from _by_actors(paths, checkpoint, request, min(num_workers, len(paths)))
+        return
+    predictor = Predictor.load(checkpoint, local_device())
+    for path in paths:
+        yield _result(predictor, path, request)
+
+
+def _result(predictor: Predictor, path: Path, request: Request) -> FileResult:
+    try:
+        return predict_file(predictor, path, request)
+    except DataError as error:
+        return FileResult(ImageResult(str(path), reason=str(error)))
+
+
+class _PredictingActor:
+    """One network, kept for all the images that come to it. A full disk ends no actor: its sentence is handed on."""
+
+    def __init__(self, checkpoint: Path, request: Request) -> None:
+        self.predictor = Predictor.load(checkpoint, local_device())
+        self.request = request
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        path = Path(os.fsdecode(row["path"]))
+        try:
+            found: FileResult | ResourceError = _result(self.predictor, path, self.request)
+            if isinstance(found, FileResult):
+                named = os.fsdecode(row["name"])  # as the user wrote it, not from the root of the file system
+                found = replace(found, row=replace(found.row, file=named))
+        except ResourceError as error:
+            found = error
+        return {"found": pickle.dumps(found)}
+
+
+def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_workers: int) -> Iterator[FileResult]:
+    import ray
+
+    from nuciseg.distributed.cluster import Need, connect, require_room
+
+    connect(verbose=False)
+    need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
+    require_room(num_workers, need)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"path": os.fsencode(path.absolute()), "name": os.fsencode(path)} for path in paths]
+    # One block an image: a result is handed on when its image is finished, and a dead machine costs few images.
+    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _PredictingActor,
+        fn_constructor_args=(checkpoint.absolute(), replace(request, out=request.out.absolute())),
+        compute=ray.data.ActorPoolStrategy(size=num_workers),
+        num_cpus=need.cpus,
+        num_gpus=need.gpus,
+    )
+    for row in stream.iter_rows():
+        found = pickle.loads(row["found"])  # made by our own actor
+        if isinstance(found, ResourceError):
+            raise found
+        yield found
