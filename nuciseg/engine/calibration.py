@@ -12,20 +12,22 @@ from nuciseg.data.dataset import SampleStore
 from nuciseg.engine.inference import Probabilities, predict_probabilities, score_probabilities
 from nuciseg.engine.network import Network
 from nuciseg.metrics import Scores, rank
-from nuciseg.targets import LabelImage, TargetConfig, build_target, decode_grid
+from nuciseg.targets import LabelImage, TargetConfig, build_target, decode_grids
 
 
 def calibrate(network: Network, samples: SampleStore, indices: Sequence[int], metric: str) -> TargetConfig:
     """The target whose decoding scores best by `metric` on the samples at `indices`.
 
-    Each decoding counts with the mean over itself and its neighbours on the grid: few images differ between
-    decodings, and a single one that does better than all around it owes that to chance.
+    The maps are made once. Each decoding counts with the mean over itself and its neighbours on the grid: few images
+    differ between decodings, and a single one that does better than all around it owes that to chance.
     """
     found = [(each, samples[each.index].labels_HW) for each in predict_probabilities(network, samples, indices)]
-    grid = decode_grid(network.config.target)
-    ranks = np.array([[_rank(config, found, metric) for config in row] for row in grid])
-    row, column = steadiest(ranks)
-    return grid[row][column]
+    best = network.config.target
+    for grid_of in decode_grids(best):
+        grid = grid_of(best)
+        row, column = steadiest(np.array([[_rank(config, found, metric) for config in row] for row in grid]))
+        best = grid[row][column]
+    return best
 
 
 def steadiest(ranks_RCS: NDArray[np.float64]) -> tuple[int, int]:

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 from pydantic import Field
@@ -26,7 +27,7 @@ from nuciseg.types import Instances
 
 __all__ = [
     "DecodeConfig", "DepthConfig", "DepthDecodeConfig", "FloatImage", "FullBorderConfig", "LabelImage", "Mask",
-    "Target", "TargetConfig", "TouchingBorderConfig", "build_target", "decode_grid",
+    "Target", "TargetConfig", "TouchingBorderConfig", "build_target", "decode_grids",
 ]  # fmt: skip
 
 TargetConfig = Annotated[TouchingBorderConfig | FullBorderConfig | DepthConfig, Field(discriminator="kind")]
@@ -77,6 +78,21 @@ def build_target(config: Any) -> Target:
     return DepthTarget(config) if isinstance(config, DepthConfig) else BorderTarget(config)
 
 
-def decode_grid(config: Any) -> Sequence[Sequence[TargetConfig]]:
-    """`config` decoded in other ways, alike in rows and columns, to choose among on validation maps."""
-    return depth.decode_grid(config) if isinstance(config, DepthConfig) else borders.decode_grid(config)
+def decode_grids(config: Any) -> Iterator[Callable[[Any], list[list[Any]]]]:
+    """How to choose the decoding on validation maps, step by step.
+
+    Each step makes a grid of the best configuration so far, decoded in other ways: two of its settings, named in
+    `CALIBRATED` beside the target, change along the rows and along the columns.
+    """
+    for axes in (depth if isinstance(config, DepthConfig) else borders).CALIBRATED:
+        yield partial(_grid, axes=axes)
+
+
+def _grid(config: Any, axes: Sequence[tuple[str, Sequence[float]]]) -> list[list[Any]]:
+    (row_key, row_values), (column_key, column_values) = axes
+
+    def decoded_with(row_value: float, column_value: float) -> Any:
+        decode = config.decode.model_copy(update={row_key: row_value, column_key: column_value})
+        return config.model_copy(update={"decode": decode})
+
+    return [[decoded_with(row, column) for column in column_values] for row in row_values]

@@ -39,6 +39,7 @@ LabelImage16 = NDArray[np.uint16]
 Mask = NDArray[np.bool_]
 
 MAP_NAMES = ("foreground", "border")
+CALIBRATED = ((("border_threshold", (0.1, 0.2, 0.35, 0.5)), ("gap_closing", (0.1, 0.2, 0.3, 0.45, 0.6))),)
 _CLOSED_ONLY = {"gap_closing": 0.0, "border_share": 1.0, "min_nuclei": 1}
 _GAPS_BRIDGED = {"gap_closing": 0.6, "border_share": 0.5}
 _MIN_BORDER_LEFT_PX = 10  # less is noise, not a border that ends within a nucleus
@@ -186,25 +187,6 @@ class BorderTarget:
         """
         foreground_HW, border_HW = np.asarray(probabilities_KHW, np.float32)
         return _separate(foreground_HW, border_HW, self.config.decode, self.config.width_px)
-
-
-def decode_grid(
-    config: TouchingBorderConfig | FullBorderConfig,
-) -> list[list[TouchingBorderConfig | FullBorderConfig]]:
-    """`config` with other border thresholds (rows) and gap closings (columns), to choose among on validation maps."""
-    return [
-        [
-            config.model_copy(
-                update={
-                    "decode": config.decode.model_copy(
-                        update={"border_threshold": border_threshold, "gap_closing": gap_closing}
-                    )
-                }
-            )
-            for gap_closing in (0.1, 0.2, 0.3, 0.45, 0.6)
-        ]
-        for border_threshold in (0.1, 0.2, 0.35, 0.5)
-    ]
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.inference import score_samples
 from nuciseg.engine.network import load_network
 from nuciseg.metrics import Scores
-from nuciseg.targets import decode_grid
+from nuciseg.targets import decode_grids
 
 COMMAND = [sys.executable, "-m", "nuciseg.train"]
 
@@ -71,7 +71,8 @@ def test_the_decoding_is_calibrated_on_validation() -> None:
     words = ("--train.epochs", "1", "--run.name", "a", "--train.calibrate", "true", "--target.decode.min_nuclei", "2")
     assert answer("--config", "small.yaml", *words) == 0
     checkpoint = load_checkpoint(find_checkpoint(Path("runs/a")))
-    assert checkpoint.config.target in [candidate for row in decode_grid(checkpoint.config.target) for candidate in row]
+    (grid_of,) = decode_grids(checkpoint.config.target)
+    assert checkpoint.config.target in [candidate for row in grid_of(checkpoint.config.target) for candidate in row]
     assert checkpoint.config.target.decode.min_nuclei == 2
     data = open_data(checkpoint.config)
     network, _ = load_network(find_checkpoint(Path("runs/a")), torch.device("cpu"))

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from nuciseg.config import Config
 from nuciseg.metrics import score_image
-from nuciseg.targets import DepthConfig, DepthDecodeConfig, build_target, decode_grid
+from nuciseg.targets import DepthConfig, DepthDecodeConfig, build_target, decode_grids
 
 Labels = NDArray[np.int32]
 TARGET = build_target(DepthConfig())
@@ -120,11 +120,14 @@ def test_nothing_gives_nothing() -> None:
     assert TARGET.open_borders(np.zeros((3, 32, 48), np.float32)) is None
 
 
-def test_the_calibration_grid_changes_decoding_alone() -> None:
-    grid = decode_grid(DepthConfig(width_px=4))
-    configs = [config for row in grid for config in row]
-    assert len(set(map(str, configs))) == len(configs) > 20
-    assert {config.width_px for config in configs} == {4}
+def test_calibration_changes_decoding_alone_step_by_step() -> None:
+    best = DepthConfig(width_px=4)
+    for grid_of in decode_grids(best):
+        configs = [config for row in grid_of(best) for config in row]
+        assert len(set(map(str, configs))) == len(configs) > 20
+        assert {config.width_px for config in configs} == {4}
+        best = configs[-1]
+    assert best.decode.foreground_threshold == 0.6, "what a step chose is kept by the next"
 
 
 def test_another_kind_of_target_does_not_inherit_a_decoding_that_it_does_not_have() -> None:

@@ -22,7 +22,7 @@ from nuciseg.targets import (
     TargetConfig,
     TouchingBorderConfig,
     build_target,
-    decode_grid,
+    decode_grids,
 )
 from nuciseg.targets.borders import _distance_to_zero
 
@@ -288,7 +288,8 @@ def test_a_nucleus_hidden_by_its_outline_is_kept() -> None:
 @both_targets
 def test_the_calibration_grid_changes_decoding_alone(config: AnyConfig) -> None:
     known = config.model_copy(update={"decode": DecodeConfig(min_nuclei=2, min_area_px=7)})
-    grid = decode_grid(known)
+    (grid_of,) = decode_grids(known)
+    grid = grid_of(known)
     assert len({len(row) for row in grid}) == 1
     candidates = [candidate for row in grid for candidate in row]
     assert 10 <= len(candidates) <= 30
