@@ -10,11 +10,12 @@ In Python: `nuciseg.predict(image)`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import math
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nuciseg.engine.files import FileResult, Request
-    from nuciseg.outputs import ImageResult
     from nuciseg.types import Instances
 
 # torch and all that needs it are imported where they are used, so that --help answers at once.
 
 DEFAULT_CHECKPOINT = "nuciseg/fields"
-SUMMARY_FILE = "summary.csv"
 BY_DEFAULT = ("masks", "overlay", "measurements")
 OUTPUTS = {
     "masks": "STEM_masks.tif: labels, int32, rows x columns as the image, 0 background, nuclei 1 to N",
@@ -43,12 +42,12 @@ OUTPUTS = {
     "geojson": "STEM.geojson: outlines and measurements for QuPath",
 }
 
-DESCRIPTION = f"""\
+DESCRIPTION = """\
 Find the nuclei of images: whole microscope fields and slides, or with --checkpoint nuciseg/separator clusters that were
 cut out on black. No training is needed.
 
-For each image STEM.* the files below are written to --out, and {SUMMARY_FILE} has one row an image. An image that
-cannot be used is reported and left out, and the exit code is 2.
+For each image STEM.* the files below are written to --out; summary.csv has one row an image, predict.json what they
+were predicted with. An image that cannot be used is reported and left out, and the exit code is 2.
 """
 
 
@@ -57,35 +56,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     request = _request(args)
     paths = expand_inputs(args.input, args.out)
+    _refuse_to_overwrite(paths, request)
 
-    from nuciseg.distributed.prediction import predict_files
+    from nuciseg.engine.batch import Batch, settings_of
     from nuciseg.engine.checkpoint import find_checkpoint
     from nuciseg.images import require_writable
-    from nuciseg.outputs import write_summary
 
     checkpoint = find_checkpoint(args.checkpoint)
     require_writable(args.out)
-    rows: dict[str, ImageResult] = {}
+    batch = Batch(args.out, settings_of(checkpoint, request), map(str, paths))
     if args.resume:
-        rows = _finished_rows(args.out, request)
-    pending = [path for path in paths if str(path) not in rows]
+        batch.resume(request)
+    pending = [path for path in paths if not batch.is_done(str(path))]
     if len(pending) < len(paths):
         print(f"{len(paths) - len(pending)} of {len(paths)} images were finished before")
     doubtful = 0
     try:
-        for result in predict_files(pending, checkpoint, request, num_workers=args.workers):
-            rows[result.row.file] = result.row
-            doubtful += bool(result.num_open_borders)
-            _say(result)
+        with contextlib.closing(_predicted(pending, checkpoint, request, args.workers)) as results:
+            for result in results:
+                batch.add(result.row)
+                doubtful += bool(result.num_open_borders)
+                if result.row.summary is not None or len(paths) > 1:
+                    _say(result)
     finally:
-        if len(paths) > 1 or any(row.summary for row in rows.values()):
-            write_summary(args.out / SUMMARY_FILE, [rows[str(path)] for path in paths if str(path) in rows])
-    done = [row.summary for row in rows.values() if row.summary is not None]
+        batch.save()
+    rows = batch.rows()
+    done = [row.summary for row in rows if row.summary is not None]
     num_nuclei = sum(summary.num_nuclei for summary in done)
     print(f"{num_nuclei} nuclei in {len(done)} images, written to {args.out} (checkpoint {checkpoint})")
     if doubtful:
         print(f"images whose borders do not close, flagged above, may be cut wrongly: {doubtful}")
-    failed = [row for row in rows.values() if row.summary is None]
+    failed = [row for row in rows if row.summary is None]
     if failed and len(paths) == 1:
         raise DataError(failed[0].reason)
     if failed:
@@ -101,12 +102,50 @@ def predict(
 
     Any number type and size; `diameter_px`, the typical diameter of a nucleus in pixels, is estimated where it is not
     given. `checkpoint` is the name of weights that come with nuciseg, or the folder of a run. Loaded once, a network is
-    kept for the next image. Raises DataError, CheckpointError.
+    kept for the next image. Raises DataError, ConfigError for a diameter below one pixel, CheckpointError.
     """
+    import numpy as np
+
     from nuciseg.engine.prediction import loaded_predictor, refuse_unusable
 
+    image_HW = np.asarray(image_HW)
     refuse_unusable(image_HW)
+    if diameter_px is not None and not 1 <= diameter_px < math.inf:
+        raise ConfigError(f"diameter_px {diameter_px:g} is no size; give the width of a nucleus in pixels, such as 30")
     return loaded_predictor(Path(checkpoint)).instances(image_HW, diameter_px=diameter_px)
+
+
+def _predicted(
+    paths: list[Path], checkpoint: Path, request: Request, num_workers: int
+) -> Generator[FileResult, None, None]:
+    from nuciseg.distributed.prediction import predict_files
+
+    num_done = 0
+    with _progress(len(paths)) as show:
+        results = predict_files(
+            paths, checkpoint, request, num_workers=num_workers, on_share=lambda share: show(num_done + share)
+        )
+        for result in results:
+            num_done += 1
+            show(num_done)
+            yield result
+
+
+@contextlib.contextmanager
+def _progress(num_images: int) -> Iterator[Callable[[float], None]]:
+    """Takes how many images are done, and shows it on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else lines that go to a file would land on the terminal
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=num_images)
+        yield lambda num_done: bar.update(task, completed=num_done)
 
 
 def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
@@ -128,6 +167,16 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
         if other != path:
             raise DataError(f"{other} and {path} would both become {path.stem}_masks.tif; predict them separately")
     return list(paths.values())
+
+
+def _refuse_to_overwrite(paths: Iterable[Path], request: Request) -> None:
+    from nuciseg.outputs import output_files
+
+    inputs = {path.resolve() for path in paths}
+    for path in paths:
+        for name in output_files(request.outputs, path.stem):
+            if (request.out / name).resolve() in inputs:
+                raise DataError(f"{request.out / name} is to be read and would be overwritten; choose another --out")
 
 
 def _files_of(text: str, out: Path) -> list[Path]:
@@ -168,19 +217,6 @@ def _request(args: argparse.Namespace) -> Request:
         allow_large=args.allow_large,
         tile_px=args.tile_px,
     )
-
-
-def _finished_rows(out: Path, request: Request) -> dict[str, ImageResult]:
-    """The rows of an earlier run's summary whose files are all there."""
-    from nuciseg.outputs import output_files, read_summary
-
-    rows = read_summary(out / SUMMARY_FILE) if (out / SUMMARY_FILE).is_file() else []
-    return {
-        row.file: row
-        for row in rows
-        if row.summary is not None
-        and all((out / name).is_file() for name in output_files(request.outputs, Path(row.file).stem))
-    }
 
 
 def _say(result: FileResult) -> None:
@@ -256,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         help="so many networks at a time, as Ray actors on this machine or the cluster (default: 1, without Ray)",
     )  # fmt: skip
     parser.add_argument(
-        "--resume", action="store_true", help=f"leave out images that {SUMMARY_FILE} in --out has as done"
+        "--resume", action="store_true", help="leave out images that summary.csv in --out has as done"
     )
     parser.add_argument(
         "--allow-large", action="store_true", help="read images that claim more than a gigapixel, whole if need be"

@@ -101,6 +101,43 @@ def tiny_checkpoint(tiny_run: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_fields_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: a U-Net that finds the discs of drawn fields, 14 to 24 px wide."""
+    import tifffile
+    from drawn_fields import draw_discs
+
+    from nuciseg.config import load_config
+    from nuciseg.engine.checkpoint import CheckpointStore
+    from nuciseg.engine.datasets import open_training_set
+    from nuciseg.engine.inference import Place
+    from nuciseg.engine.loop import train
+    from nuciseg.images import write_labels_tiff
+
+    folder = tmp_path_factory.mktemp("fields")
+    images = folder / "data" / "train" / "images"
+    images.mkdir(parents=True)
+    for number in range(12):
+        image_HW, labels_HW = draw_discs((160, 160), (14, 18, 24)[number % 3], seed=number, share=0.35, least_gap=0.95)
+        tifffile.imwrite(images / f"{number}.tif", image_HW)
+        write_labels_tiff(images.with_name("masks") / f"{number}.tif", labels_HW)
+    settings = {
+        "data": {
+            "root": str(folder / "data"), "format": "labels", "normalization": {"ignore_extremes": False},
+            "crop_px": 96, "batch_size": 2, "num_loader_threads": 0,
+        },
+        "target": {"kind": "depth"},
+        "augment": {"enabled": False},
+        "model": {"depth": 2, "width": 8},
+        "optim": {"lr": 0.02},
+        "train": {"epochs": 8, "ema_decay": None},
+        "tracking": {"kind": "none"},
+    }  # fmt: skip
+    config = load_config(overrides=settings)
+    train(config, open_training_set(config, 4), Place(), CheckpointStore(folder / "run"), lambda report: None)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray instance on this machine for all tests that need one; starting one takes seconds."""
     import ray

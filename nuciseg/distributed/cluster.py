@@ -137,14 +137,21 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def require_room(num_workers: int, need: Need) -> int:
-    """The number of runs of `num_workers` that fit at once; raises ResourceError where not even one does."""
+def require_room(
+    num_workers: int,
+    need: Need,
+    asked: str = "scale.num_workers",
+    cure: str = "lower scale.num_workers or scale.cpus_per_worker, or add nodes",
+) -> int:
+    """The number of runs of `num_workers` that fit at once; raises ResourceError where not even one does.
+
+    `asked` is the setting that the number came from, `cure` what the user can do.
+    """
     slots = worker_slots(need, _nodes())
     if slots < num_workers:
         total = ray.cluster_resources()
         raise ResourceError(
-            f"scale.num_workers is {num_workers} with {need.cpus} CPUs and {need.gpus} GPUs each, but the cluster "
-            f"(CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}) has room for {slots} such workers; "
-            "lower scale.num_workers or scale.cpus_per_worker, or add nodes"
+            f"{asked} is {num_workers} with {need.cpus} CPUs and {need.gpus} GPUs each, but the cluster "
+            f"(CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}) has room for {slots} such workers; {cure}"
         )
     return slots // num_workers

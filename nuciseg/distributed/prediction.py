@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nuciseg.engine.files import FileResult, Request, predict_file
 from nuciseg.engine.precision import local_device
@@ -16,28 +18,40 @@ from nuciseg.engine.prediction import Predictor
 from nuciseg.errors import DataError, ResourceError
 from nuciseg.outputs import ImageResult
 
+NUM_RETRIES = 3  # of an image whose process ended; an image that ends every process must not do so for ever
+
 
 def predict_files(
-    paths: Sequence[Path], checkpoint: Path, request: Request, *, num_workers: int = 1
+    paths: Sequence[Path],
+    checkpoint: Path,
+    request: Request,
+    *,
+    num_workers: int = 1,
+    on_share: Callable[[float], None] | None = None,
 ) -> Iterator[FileResult]:
     """The result of each image as it is finished; one that cannot be used has a reason and no summary.
+
+    `on_share` is told which share of the image in work is done, where there is but one at a time.
 
     With several workers each needs a CPU, and a GPU where the cluster has any; on several machines they read and write
     the same paths, so these must lie on storage that all share. Raises CheckpointError, ResourceError.
     """
     if not paths:
         return
+    num_workers = min(num_workers, len(paths))
     if num_workers > 1:
-        yield from _by_actors(paths, checkpoint, request, min(num_workers, len(paths)))
+        yield from _by_actors(paths, checkpoint, request, num_workers)
         return
     predictor = Predictor.load(checkpoint, local_device())
     for path in paths:
-        yield _result(predictor, path, request)
+        yield _result(predictor, path, request, on_share)
 
 
-def _result(predictor: Predictor, path: Path, request: Request) -> FileResult:
+def _result(
+    predictor: Predictor, path: Path, request: Request, on_share: Callable[[float], None] | None = None
+) -> FileResult:
     try:
-        return predict_file(predictor, path, request)
+        return predict_file(predictor, path, request, on_share)
     except DataError as error:
         return FileResult(ImageResult(str(path), reason=str(error)))
 
@@ -68,7 +82,9 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
 
     connect(verbose=False)
     need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
-    require_room(num_workers, need)
+    require_room(num_workers, need, "--workers", "give fewer, or add nodes")
+    # An actor that cannot start is started for ever.
+    Predictor.load(checkpoint, torch.device("cpu"))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -80,9 +96,16 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
         compute=ray.data.ActorPoolStrategy(size=num_workers),
         num_cpus=need.cpus,
         num_gpus=need.gpus,
+        max_task_retries=NUM_RETRIES,
     )
-    for row in stream.iter_rows():
-        found = pickle.loads(row["found"])  # made by our own actor
-        if isinstance(found, ResourceError):
-            raise found
-        yield found
+    try:
+        for row in stream.iter_rows():
+            found = pickle.loads(row["found"])  # made by our own actor
+            if isinstance(found, ResourceError):
+                raise found
+            yield found
+    except ray.exceptions.ActorDiedError as error:
+        raise ResourceError(
+            f"a process that predicted ended {NUM_RETRIES + 1} times on one image, most likely for want of memory; go "
+            "on with --resume and fewer --workers"
+        ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from nuciseg.engine.prediction import Predictor
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.outputs import ImageResult, OutputName, open_outputs
 from nuciseg.sources import Projection, open_source
+
+LEAST_DIAMETER_PX = 1.0
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*(px|um)?")
 
@@ -26,20 +30,30 @@ class Diameter:
     def parse(text: str) -> Diameter:
         """From "30", "30px" or "8.5um". Raises ConfigError."""
         found = _LENGTH.fullmatch(text.strip().lower().replace("µm", "um").replace("μm", "um"))
-        if found is None or not float(found[1]) > 0:
+        if found is None or not 0 < float(found[1]) < math.inf:
             raise ConfigError(f"--diameter {text!r} is no size; give pixels, such as 30, or micrometres, such as 8um")
         return Diameter(float(found[1]), found[2] or "px")
 
+    def __str__(self) -> str:
+        return f"{self.length:g} {self.unit}"
+
     def in_px(self, pixel_size_um: float | None, name: str) -> float:
-        """Raises DataError where it is given in micrometres and the image, called `name`, has no pixel size."""
-        if self.unit == "px":
-            return self.length
-        if pixel_size_um is None:
+        """The diameter in pixels of the image called `name`.
+
+        Raises DataError where it is given in micrometres and the image has no pixel size, and where it is no pixel.
+        """
+        if self.unit == "um" and pixel_size_um is None:
             raise DataError(
                 f"{name} does not say how large a pixel is, so a diameter of {self.length:g} um means nothing there; "
                 "give --pixel-size UM, or the diameter in pixels"
             )
-        return self.length / pixel_size_um
+        length_px = self.length if pixel_size_um is None or self.unit == "px" else self.length / pixel_size_um
+        if length_px < LEAST_DIAMETER_PX:
+            raise DataError(
+                f"nuclei of {self} would be {length_px:.2g} pixels wide in {name}, too small to be seen; check "
+                "--diameter and the size of a pixel"
+            )
+        return length_px
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,12 @@ class FileResult:
     estimated: bool = False
 
 
-def predict_file(predictor: Predictor, path: Path, request: Request) -> FileResult:
+def predict_file(
+    predictor: Predictor, path: Path, request: Request, on_share: Callable[[float], None] | None = None
+) -> FileResult:
     """Find the nuclei of the image at `path` and write what is asked for, whole or not at all.
+
+    `on_share` is told, again and again, which share of the image is done.
 
     Raises DataError for an image that cannot be used, ResourceError where the results cannot be written.
     """
@@ -77,8 +95,11 @@ def predict_file(predictor: Predictor, path: Path, request: Request) -> FileResu
         plan = predictor.plan(source, str(path), diameter_px, request.tile_px)
         num_open_borders = None
         with open_outputs(request.outputs, request.out, path.stem, source.shape, pixel_size_um) as outputs:
-            for window in predictor.windows(source, plan):
+            num_windows = math.prod(len(plan.grid.spans(length)) for length in source.shape)
+            for number, window in enumerate(predictor.windows(source, plan), start=1):
                 outputs.add(window)
                 num_open_borders = window.num_open_borders
+                if on_share is not None:
+                    on_share(number / num_windows)
         row = ImageResult(str(path), outputs.summary, "", pixel_size_um, plan.diameter_px)
         return FileResult(row, source.notices, num_open_borders, plan.estimated)

@@ -1,0 +1,126 @@
+"""How far a batch of images has come, kept where its results lie, so that another run can go on with it.
+
+Beside the summary lies what the images were predicted with: a batch that goes on with other weights or another channel
+would be a mixture that nobody can tell from its table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+from nuciseg import __version__
+from nuciseg.engine.checkpoint import METADATA_FILE, WEIGHTS_FILE
+from nuciseg.engine.files import Request
+from nuciseg.errors import CheckpointError, ConfigError, DataError, writing
+from nuciseg.images import write_bytes
+from nuciseg.outputs import ImageResult, output_files, read_summary, write_summary
+
+SUMMARY_FILE = "summary.csv"
+SETTINGS_FILE = "predict.json"
+SAVE_S = 5.0  # so much a process that is killed may lose of the summary
+NOT_COMPARED = ("nuciseg", "checkpoint")  # weights that were moved are the same
+
+Settings = Mapping[str, str | int | float | None]
+
+
+def settings_of(checkpoint: Path, request: Request) -> Settings:
+    """All that changes what is found in an image. Raises CheckpointError where `checkpoint` cannot be read."""
+    weights = blake2b(digest_size=16)
+    try:
+        for name in (WEIGHTS_FILE, METADATA_FILE):
+            weights.update((checkpoint / name).read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename} cannot be read ({error.strerror}); copy the checkpoint again"
+        ) from error
+    return {
+        "nuciseg": __version__,
+        "checkpoint": str(checkpoint),
+        "weights": weights.hexdigest(),
+        "channel": request.channel,
+        "plane": request.plane,
+        "diameter": None if request.diameter is None else str(request.diameter),
+        "pixel_size_um": request.pixel_size_um,
+        "tile_px": request.tile_px,
+    }
+
+
+class Batch:
+    """The results so far. Rows are kept in the order of `files`, the images asked for; others come after them."""
+
+    def __init__(self, out: Path, settings: Settings, files: Iterable[str]) -> None:
+        self._out, self._settings = out, settings
+        self._order = {file: number for number, file in enumerate(files)}
+        self._rows: dict[str, ImageResult] = {}
+        self._is_begun = False
+        self._saved_s = -math.inf
+
+    def resume(self, request: Request) -> None:
+        """Take over what an earlier run has finished, as far as all files that `request` names are there.
+
+        Raises ConfigError where it predicted with other settings, DataError where its records cannot be read.
+        """
+        if not (self._out / SUMMARY_FILE).is_file():
+            return
+        _refuse_other_settings(self._out, self._settings)
+        for row in read_summary(self._out / SUMMARY_FILE):
+            names = output_files(request.outputs, Path(row.file).stem)
+            if row.summary is not None and all((self._out / name).is_file() for name in names):
+                self._rows[row.file] = row
+        self._is_begun = True
+
+    def rows(self) -> list[ImageResult]:
+        """Those of the images asked for."""
+        return [self._rows[file] for file in self._order if file in self._rows]
+
+    def is_done(self, file: str) -> bool:
+        return file in self._rows
+
+    def add(self, row: ImageResult) -> None:
+        """Raises ResourceError where the summary cannot be written."""
+        self._rows[row.file] = row
+        if time.monotonic() - self._saved_s >= SAVE_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write the summary, but none of a single image that could not be used. Raises ResourceError."""
+        if len(self._rows) < 2 and all(row.summary is None for row in self._rows.values()):
+            return
+        if not self._is_begun:
+            # In this order no summary ever lies beside settings that are not its own.
+            with writing(self._out / SUMMARY_FILE), contextlib.suppress(FileNotFoundError):
+                (self._out / SUMMARY_FILE).unlink()
+            write_bytes(self._out / SETTINGS_FILE, json.dumps(dict(self._settings), indent=1).encode())
+            self._is_begun = True
+        rows = sorted(self._rows.values(), key=lambda row: self._order.get(row.file, len(self._order)))
+        write_summary(self._out / SUMMARY_FILE, rows)
+        self._saved_s = time.monotonic()
+
+
+def _refuse_other_settings(out: Path, settings: Settings) -> None:
+    path = out / SETTINGS_FILE
+    cure = "leave out --resume to predict all images anew, or choose another --out"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        different = [name for name in settings if name not in NOT_COMPARED and earlier[name] != settings[name]]
+        before = str(earlier["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} does not say what the images in {out} were predicted with ({error}); {cure}"
+        ) from error
+    if not different:
+        return
+    name = different[0]
+    if name != "weights":
+        what = f"{name} {earlier[name]}, not {settings[name]}"
+    elif before != settings["checkpoint"]:
+        what = f"the checkpoint {before}, not {settings['checkpoint']}"
+    else:
+        what = f"other weights than now lie in {before}"
+    raise ConfigError(f"the images in {out} were predicted with {what}; give the same again, {cure}")
