@@ -77,6 +77,11 @@ def print_result(result: EvaluationResult) -> None:
     print(f"written to: {result.out}")
 
 
+AP_ROWS = {
+    "ap50": "AP .5", "ap70": "AP .7", "ap90": "AP .9", "ap_mean_to_90": "mean AP .5:.9", "ap_mean": "mean AP"
+}  # fmt: skip
+
+
 def _check_log(out: Path, config: Config) -> None:
     """Raise ConfigError, before anything is scored, where the result could not be logged."""
     from nuciseg.tracking import read_identity, wandb_mode
@@ -129,7 +134,7 @@ def _figures(scores: Scores) -> dict[str, str]:
         "nuclei found / true": f"{scores.num_predicted} / {scores.num_true}",
     }
     for average in ("pooled", "per_image"):
-        for key, name in (("ap50", "AP .5"), ("ap70", "AP .7"), ("ap90", "AP .9"), ("ap_mean", "mean AP")):
+        for key, name in AP_ROWS.items():
             figures[f"{name} {average.replace('_', ' ')}"] = f"{flat[f'{key}_{average}']:.3f}"
     return figures | {
         "IoU of matched nuclei": f"{flat['mean_matched_iou']:.3f}",

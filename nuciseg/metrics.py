@@ -37,6 +37,8 @@ METRIC_NAMES: Final = (
     "ap90_per_image",
     "ap_mean_pooled",
     "ap_mean_per_image",
+    "ap_mean_to_90_pooled",
+    "ap_mean_to_90_per_image",
     "mean_matched_iou",
     "border_iou",
     "border_dice",
@@ -145,7 +147,8 @@ class Scores:
     def summary(self) -> dict[str, int | float | dict[str, float]]:
         """All figures; the APs by threshold ("0.50" ... "0.95"). Says in each name how it was averaged.
 
-        `ap_mean_*` is the mean over the thresholds 0.50 to 0.95 in steps of 0.05.
+        `ap_mean_*` is the mean over the thresholds 0.50 to 0.95 in steps of 0.05; `ap_mean_to_90_*` that of 0.50 to
+        0.90, as the StarDist papers have it.
         """
         border_errors = self.border_false_positives + self.border_false_negatives
         pooled = {p: _average_precision(tp, self.num_true, self.num_predicted) for p, tp in self._by_percent()}
@@ -161,6 +164,8 @@ class Scores:
             "ap_per_image": {f"{p / 100:.2f}": ap for p, ap in per_image.items()},
             "ap_mean_pooled": sum(pooled.values()) / len(IOU_PERCENTS),
             "ap_mean_per_image": sum(per_image.values()) / len(IOU_PERCENTS),
+            "ap_mean_to_90_pooled": _mean_to_90(pooled),
+            "ap_mean_to_90_per_image": _mean_to_90(per_image),
             "mean_matched_iou": _mean(self.iou_sum, self.true_positives[0]),
             "border_iou": _ratio(self.border_true_positives, self.border_true_positives + border_errors),
             "border_dice": _ratio(2 * self.border_true_positives, 2 * self.border_true_positives + border_errors),
@@ -267,6 +272,11 @@ def _to_units(share: float) -> int:
 
 def _mean(units: int, count: int) -> float:
     return units / (SHARE_UNIT * count) if count else 0.0
+
+
+def _mean_to_90(by_percent: Mapping[int, float]) -> float:
+    aps = [ap for percent, ap in by_percent.items() if percent <= 90]
+    return sum(aps) / len(aps)
 
 
 def _ratio(part: int, whole: int) -> float:

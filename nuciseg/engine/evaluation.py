@@ -57,6 +57,7 @@ AVERAGING = {
     "ap_pooled": "TP / (TP + FP + FN) over the nuclei of all images together, optimal matching at IoU >= the threshold",
     "ap_per_image": "the mean over images of the same ratio of each image",
     "ap_mean": "the mean over the thresholds 0.50 to 0.95 in steps of 0.05",
+    "ap_mean_to_90": "the same without the threshold 0.95",
     "border": "pixels of all images together: border predicted against border of the target drawn from the true labels",
 }
 

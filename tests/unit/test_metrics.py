@@ -147,6 +147,7 @@ def test_pooled_and_per_image_differ_as_named() -> None:
     assert total["ap50_per_image"] == 0.75
     assert total["ap50_pooled"] == 201 / 202
     assert total["ap_mean_pooled"] == pytest.approx(201 / 202)
+    assert total["ap_mean_to_90_pooled"] == pytest.approx(201 / 202)
     assert (total["nuclei_true"], total["nuclei_found"]) == (202, 201)
 
 
@@ -175,3 +176,14 @@ def test_equal_scores_are_ranked_by_how_well_the_nuclei_are_outlined() -> None:
     good, better = ({"cluster_score": 0.9, "ap_mean_per_image": ap, "border_dice": 1 - ap} for ap in (0.7, 0.8))
     assert rank(better, "cluster_score") > rank(good, "cluster_score")
     assert rank(better, "border_dice") < rank(good, "border_dice")
+
+
+def test_the_mean_to_90_leaves_out_the_hardest_threshold() -> None:
+    true = np.zeros((20, 100), np.int32)
+    true[5:15] = 1
+    nearly = true.copy()
+    nearly[5, :70] = 0  # IoU .93
+    total = Scores.total([score(nearly, true)]).flat_summary()
+    for average in ("pooled", "per_image"):
+        assert total[f"ap_mean_to_90_{average}"] == 1
+        assert total[f"ap_mean_{average}"] == pytest.approx(0.9)
