@@ -31,7 +31,7 @@ from nuciseg.metrics import METRIC_NAMES
 from nuciseg.models import ModelConfig, TimmConfig, UnetConfig
 from nuciseg.optim import OptimConfig, ScheduleConfig
 from nuciseg.section import Section
-from nuciseg.targets import DECODED_ALIKE, TargetConfig, TouchingBorderConfig
+from nuciseg.targets import TargetConfig, TouchingBorderConfig
 from nuciseg.tracking import TrackingConfig
 
 
@@ -206,15 +206,15 @@ def put(values: dict[str, Any], dotted_key: str, value: Any) -> None:
 
 
 _KIND_IS_A_CHOICE = ("optim", "schedule", "tracking")  # here every kind has the same keys
-_KEPT_IF_DECODED_ALIKE = "decode"  # of a target: how its maps are decoded does not depend on how borders were encoded
+_ALIKE_IN_ALL_KINDS = ("decode",)  # of a target: how maps are decoded does not depend on how they were encoded
 _TAKEN_WHOLE = ("space",)  # search.space has the user's own keys: two of them mixed are neither's search
 
 
 def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
     """Both mappings section by section; where both have a value the stronger one's counts.
 
-    A section whose `kind` changes starts afresh, because another kind has other keys (but for `target.decode` where
-    both kinds are decoded alike); so does `search.space`.
+    A section whose `kind` changes starts afresh, because another kind has other keys (but for `target.decode`); so does
+    `search.space`.
     """
     result = dict(weaker)
     for key, value in stronger.items():
@@ -222,16 +222,11 @@ def merged(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, 
         if isinstance(value, Mapping) and isinstance(before, Mapping) and key not in _TAKEN_WHOLE:
             other_kind = "kind" in value and value["kind"] != before.get("kind", value["kind"])
             starts_afresh = other_kind and key not in _KIND_IS_A_CHOICE
-            result[key] = merged(_outlasting(before, value["kind"]) if starts_afresh else before, value)
+            kept = {name: before[name] for name in _ALIKE_IN_ALL_KINDS if name in before} if starts_afresh else before
+            result[key] = merged(kept, value)
         else:
             result[key] = value
     return result
-
-
-def _outlasting(before: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What is kept of a section that becomes another kind."""
-    alike = before.get("kind") in DECODED_ALIKE and kind in DECODED_ALIKE
-    return {name: value for name, value in before.items() if alike and name == _KEPT_IF_DECODED_ALIKE}
 
 
 def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Config:

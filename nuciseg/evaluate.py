@@ -68,7 +68,7 @@ def print_result(result: EvaluationResult) -> None:
     for name in figures[0]:
         table.add_row(name, *(each[name] for each in figures))
     Console().print(table)
-    decode = ", ".join(f"{key} {value}" for key, value in result.target.config.decode.model_dump().items())
+    decode = ", ".join(f"{key} {getattr(result.target.config.decode, key)}" for key in result.target.decoded_by)
     for name, scores in result.by_marking.items():
         print(f"drawn border {name}: {scores.clusters_separated} of {scores.clusters} clusters separated")
     print("mean AP: over IoU .50 to .95; pooled: all nuclei together; per image: mean of the images' own APs")

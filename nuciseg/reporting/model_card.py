@@ -21,6 +21,7 @@ from nuciseg.images import write_bytes
 from nuciseg.reporting.study_arms import arms_of
 from nuciseg.reporting.study_conclusions import said_total
 from nuciseg.reporting.study_records import StudyRecord, read_kept
+from nuciseg.targets import build_target
 
 TABLE_HEAD = (
     "| images | clusters separated | nuclei found / true | AP .5 pooled | AP .5 per image | mean AP pooled "
@@ -128,7 +129,7 @@ def card_values(facts: CardFacts) -> dict[str, str]:
         "training_command": " ".join(
             [f"python -m nuciseg.train --config tune_configs/{facts.recipe.name} --data.root DIR", *facts.flags]
         ),
-        "decoding": ", ".join(f"`{key}` {value}" for key, value in decode.items()),
+        "decoding": ", ".join(f"`{key}` {decode[key]}" for key in build_target(config.target).decoded_by),
         "decoding_chosen": "chosen on the validation images" if config.train.calibrate else "as configured",
         "scores": "\n".join([TABLE_HEAD, *_rows(facts.reports)]),
         "averaging": "\n".join(f"- {key}: {text}" for key, text in test["averaging"].items()),

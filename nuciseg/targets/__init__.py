@@ -22,17 +22,15 @@ from nuciseg.targets.borders import (
     Mask,
     TouchingBorderConfig,
 )
-from nuciseg.targets.depth import DepthConfig, DepthDecodeConfig, DepthTarget
+from nuciseg.targets.depth import DepthConfig, DepthTarget
 from nuciseg.types import Instances
 
 __all__ = [
-    "DecodeConfig", "DepthConfig", "DepthDecodeConfig", "FloatImage", "FullBorderConfig", "LabelImage", "Mask",
+    "DecodeConfig", "DepthConfig", "FloatImage", "FullBorderConfig", "LabelImage", "Mask",
     "Target", "TargetConfig", "TouchingBorderConfig", "build_target", "decode_grids",
 ]  # fmt: skip
 
 TargetConfig = Annotated[TouchingBorderConfig | FullBorderConfig | DepthConfig, Field(discriminator="kind")]
-DECODED_ALIKE = ("touching_border", "full_border")
-"""Kinds whose `decode` sections have the same keys."""
 
 
 class Target(Protocol):
@@ -50,6 +48,11 @@ class Target(Protocol):
     @property
     def typical_shares(self) -> tuple[float, ...]:
         """Of the pixels, by map: where a fresh network starts."""
+        ...
+
+    @property
+    def decoded_by(self) -> tuple[str, ...]:
+        """The keys of `config.decode` that `decode` heeds."""
         ...
 
     def encode(self, labels_HW: LabelImage, /) -> FloatImage:

@@ -46,13 +46,22 @@ _MIN_BORDER_LEFT_PX = 10  # less is noise, not a border that ends within a nucle
 
 
 class DecodeConfig(Section):
-    """How probabilities become nuclei. None of these is trained: choose them on validation maps (`decode_grid`)."""
+    """How probabilities become nuclei. None of these is trained: choose them on validation maps (`decode_grids`).
+
+    One section for all targets, so that each key is a flag; which of them a target heeds says its `decoded_by`.
+    """
 
     foreground_threshold: float = Field(
         default=0.5, gt=0, lt=1, description="a pixel lies in a nucleus if its foreground probability reaches this"
     )
     border_threshold: float = Field(
         default=0.35, gt=0, lt=1, description="a pixel is border if its border probability reaches this"
+    )
+    core_depth: float = Field(
+        default=0.6,
+        gt=0,
+        lt=1,
+        description="target depth alone: a pixel is part of a nucleus' core if its depth reaches this",
     )
     gap_closing: float = Field(
         default=0.55,
@@ -140,6 +149,7 @@ class BorderTarget:
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
     typical_shares: tuple[float, ...] = (0.5, 0.05)  # of the pixels, by map: where a fresh network starts
+    decoded_by: tuple[str, ...] = tuple(name for name in DecodeConfig.model_fields if name != "core_depth")
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W) that a network is taught, 0 or 1, between them near a soft border; 0 where labels are

@@ -24,7 +24,7 @@ from pydantic import Field
 from scipy.spatial import KDTree
 
 from nuciseg.section import Section
-from nuciseg.targets.borders import FloatImage, LabelImage, Mask, line_between
+from nuciseg.targets.borders import DecodeConfig, FloatImage, LabelImage, Mask, line_between
 from nuciseg.types import Instances
 
 MAP_NAMES = ("foreground", "border", "depth")
@@ -37,27 +37,12 @@ CALIBRATED = (
 )
 
 
-class DepthDecodeConfig(Section):
-    """How probabilities become nuclei. None of these is trained: choose them on validation maps (`decode_grid`)."""
-
-    foreground_threshold: float = Field(
-        default=0.5, gt=0, lt=1, description="a pixel lies in a nucleus if its foreground probability reaches this"
-    )
-    border_threshold: float = Field(
-        default=0.5, gt=0, lt=1, description="a pixel counts as border, in scores alone, if its border reaches this"
-    )
-    core_depth: float = Field(
-        default=0.6, gt=0, lt=1, description="a pixel is part of a nucleus' core if its depth reaches this"
-    )
-    min_area_px: int = Field(default=20, ge=1, description="smaller nuclei are dropped, pixels")
-
-
 class DepthConfig(Section):
     """Foreground, the line between touching nuclei, and the depth within the nucleus."""
 
     kind: Literal["depth"] = "depth"
     width_px: int = Field(default=2, ge=1, le=31, description="full width of the line between two nuclei, in pixels")
-    decode: DepthDecodeConfig = Field(default=DepthDecodeConfig(), description="how probabilities become nuclei")
+    decode: DecodeConfig = Field(default=DecodeConfig(), description="how probabilities become nuclei")
 
 
 @dataclass(frozen=True)
@@ -68,6 +53,7 @@ class DepthTarget:
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
     typical_shares: tuple[float, ...] = (0.2, 0.02, 0.1)  # of the pixels, by map: where a fresh network starts
+    decoded_by: tuple[str, ...] = ("foreground_threshold", "core_depth", "min_area_px")
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W) that a network is taught, in [0, 1]; 0 where labels are negative."""

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from nuciseg.config import Config
 from nuciseg.metrics import score_image
-from nuciseg.targets import DepthConfig, DepthDecodeConfig, build_target, decode_grids
+from nuciseg.targets import DecodeConfig, DepthConfig, build_target, decode_grids
 
 Labels = NDArray[np.int32]
 TARGET = build_target(DepthConfig())
@@ -59,7 +58,7 @@ def test_ignored_pixels_are_no_edge_and_taught_nothing() -> None:
 def test_true_maps_give_the_nuclei_back(seed: int, num_nuclei: int) -> None:
     labels_HW = draw_field(seed, num_nuclei)
     maps_KHW = TARGET.encode(labels_HW)
-    found_HW = TARGET.decode(maps_KHW).labels_HW
+    found_HW = build_target(DepthConfig(decode=DecodeConfig(core_depth=0.4))).decode(maps_KHW).labels_HW
     nothing_HW = np.zeros(labels_HW.shape, bool)
     scores = score_image("drawn", found_HW, labels_HW, nothing_HW, nothing_HW)
     assert scores.true_positives[0] == scores.num_true
@@ -128,9 +127,3 @@ def test_calibration_changes_decoding_alone_step_by_step() -> None:
         assert {config.width_px for config in configs} == {4}
         best = configs[-1]
     assert best.decode.foreground_threshold == 0.6, "what a step chose is kept by the next"
-
-
-def test_another_kind_of_target_does_not_inherit_a_decoding_that_it_does_not_have() -> None:
-    depth = Config().replaced({"target": {"kind": "depth"}})
-    assert isinstance(depth.target, DepthConfig)
-    assert depth.target.decode == DepthDecodeConfig()
