@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tifffile
+from drawn_fields import draw_discs
 from made_studies import SIX_TRIALS, write_grid, write_question
 
 from nuciseg.__main__ import VERBS
@@ -25,6 +27,7 @@ INSTALL_COMMANDS = [
     line for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S) for line in block.splitlines()
 ]
 EXAMPLES = re.findall(r"`(python -m nuciseg[^`]*)`", README)
+FIND = "python -m nuciseg.predict IMAGES --out nuclei"
 SEPARATE = "python -m nuciseg.predict --checkpoint nuciseg/separator IMAGE --out labels"
 SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_threads 0"
 SHORT_SEARCH = f"{SHORT_TRAINING} --search.num_trials 1"
@@ -86,7 +89,8 @@ def checkpoint(workplace: Workplace) -> Path:
 
 
 def test_every_command_is_one_that_is_run_here_or_by_continuous_integration() -> None:
-    (first, separate, second) = INSTALL_COMMANDS
+    (find, first, separate, second) = INSTALL_COMMANDS
+    assert find == f"pip install -e . && {FIND}"
     assert first == "pip install -e . && python -m nuciseg.tune"
     assert separate == f"pip install -e . && {SEPARATE}"
     assert second == "pip install -e '.[test]' && pytest"  # .ci/run takes this line from the README
@@ -125,6 +129,30 @@ def test_separate_with_the_weights_that_come_along(workplace: Workplace) -> None
     image = min((workplace.data_root / "test").glob("*.png"))
     workplace.run(SEPARATE.replace("IMAGE", str(image)).replace("labels", "separated"))
     assert (workplace.folder / "separated" / f"{image.stem}_masks.tif").exists()
+
+
+@pytest.fixture(scope="module")
+def field(workplace: Workplace) -> Path:
+    path = workplace.folder / "field.tif"
+    tifffile.imwrite(path, draw_discs((300, 340), 24)[0])
+    return path
+
+
+def test_find_with_the_weights_that_come_along(workplace: Workplace, field: Path) -> None:
+    workplace.run(FIND.replace("IMAGES", field.name))
+    written = {path.name for path in (workplace.folder / "nuclei").iterdir()}
+    assert written == {"field_masks.tif", "field_overlay.png", "field_measurements.csv", "summary.csv", "predict.json"}
+
+
+def test_the_pages_python_runs(workplace: Workplace, field: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (workplace.folder / "page.py").write_text(code)
+    assert re.fullmatch(r"(\d+) nuclei, largest label \1\n", workplace.run("python page.py"))
+
+
+def test_export(workplace: Workplace) -> None:
+    workplace.run(example("export"))
+    assert (workplace.folder / "fields.onnx").exists()
 
 
 def test_cut(workplace: Workplace) -> None:

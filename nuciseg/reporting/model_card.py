@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ from nuciseg.targets import build_target
 TABLE_HEAD = (
     "| images | clusters separated | nuclei found / true | AP .5 pooled | AP .5 per image | mean AP pooled "
     "| mean AP per image | border Dice |\n|---|---|---|---|---|---|---|---|"
+)
+
+NUCLEI_PERCENTS = (50, 70, 90)
+NUCLEI_TABLE_HEAD = (
+    "| images | nuclei found / true | AP .5 pooled | .7 | .9 | mean .5:.9 | AP .5 per image | .7 | .9 | mean .5:.9 |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -131,7 +137,8 @@ def card_values(facts: CardFacts) -> dict[str, str]:
         ),
         "decoding": ", ".join(f"`{key}` {decode[key]}" for key in build_target(config.target).decoded_by),
         "decoding_chosen": "chosen on the validation images" if config.train.calibrate else "as configured",
-        "scores": "\n".join([TABLE_HEAD, *_rows(facts.reports)]),
+        "scores": "\n".join([TABLE_HEAD, *_rows(facts.reports, _row)]),
+        "nuclei_scores": "\n".join([NUCLEI_TABLE_HEAD, *_rows(facts.reports, _row_of_nuclei)]),
         "averaging": "\n".join(f"- {key}: {text}" for key, text in test["averaging"].items()),
         "num_test": str(test["images"]),
         "pixel_type": images.pixel_type,
@@ -145,13 +152,15 @@ def card_values(facts: CardFacts) -> dict[str, str]:
     }
 
 
-def _rows(reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _rows(
+    reports: Mapping[str, Mapping[str, Any]], row: Callable[[str, Mapping[str, Any]], str]
+) -> Iterator[str]:
     """Each split's own scores; of the test images also those of the baselines and with other drawn borders."""
     for split in ("validation", "test"):
-        yield _row(split, reports[split])
+        yield row(split, reports[split])
     for kind, prefix in (("by_marking", "drawn border "), ("baselines", "without network: ")):
         for name, scores in reports["test"][kind].items():
-            yield _row(f"test, {prefix}{name.replace('_', ' ')}", scores)
+            yield row(f"test, {prefix}{name.replace('_', ' ')}", scores)
 
 
 def _row(label: str, scores: Mapping[str, Any]) -> str:
@@ -163,6 +172,14 @@ def _row(label: str, scores: Mapping[str, Any]) -> str:
         *(f"{scores[f'ap_mean_{average}']:.3f}" for average in ("pooled", "per_image")),
         f"{scores['border_dice']:.3f}",
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _row_of_nuclei(label: str, scores: Mapping[str, Any]) -> str:
+    cells = [label, f"{scores['nuclei_found']} / {scores['nuclei_true']}"]
+    for average in ("pooled", "per_image"):
+        cells += [f"{scores[f'ap_{average}'][f'{percent / 100:.2f}']:.3f}" for percent in NUCLEI_PERCENTS]
+        cells.append(f"{scores[f'ap_mean_to_90_{average}']:.3f}")
     return f"| {' | '.join(cells)} |"
 
 
