@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nuciseg.data.formats import CLUSTER_FORMATS
 from nuciseg.engine.checkpoint import find_checkpoint
 from nuciseg.engine.fields import TILE_PX, ArrayPixels, Grid, Pixels, assembled, find_nuclei
+from nuciseg.engine.folding import folded
 from nuciseg.engine.network import Network, load_network
 from nuciseg.engine.nucleus_size import estimated_diameter, known_sizes, scale_for
 from nuciseg.engine.precision import local_device
@@ -54,6 +55,7 @@ class Predictor:
         """The best checkpoint that `checkpoint` means. Raises CheckpointError."""
         folder = find_checkpoint(checkpoint)
         network, loaded = load_network(folder, device)
+        network = replace(network, model=folded(network.model, network.in_channels, network.stride))
         trained_on = loaded.diameters and known_sizes(loaded.diameters, loaded.config.augment)
         for_clusters = None if loaded.data_format is None else loaded.data_format in CLUSTER_FORMATS
         return Predictor(network, folder, trained_on, for_clusters)
