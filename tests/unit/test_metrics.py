@@ -187,3 +187,9 @@ def test_the_mean_to_90_leaves_out_the_hardest_threshold() -> None:
     for average in ("pooled", "per_image"):
         assert total[f"ap_mean_to_90_{average}"] == 1
         assert total[f"ap_mean_{average}"] == pytest.approx(0.9)
+
+
+def test_ids_are_only_names_however_large() -> None:
+    true = two_nuclei()
+    huge = np.where(true > 0, true * 1_000_000_000, 0).astype(np.int32)
+    assert score(huge, true) == score(true, huge) == score(true, true)
