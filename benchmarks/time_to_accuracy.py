@@ -12,11 +12,12 @@ nuciseg: `tune_configs/fields.yaml`, ImageNet weights and all; its minutes are t
 after each epoch and, in `vs_stardist_without_validation`, without. StarDist: its example's training from scratch
 (400 epochs of 100 steps of 4 patches of 256 pixels, its augmentation, thresholds .5 and .4) by `stardist_user.py`;
 only its steps are clocked, never its validation. It is cut off when it has taken 3 times as long as nuciseg, or
-`--limit-minutes`; then `cut_off` is true and the ratio is what it would have been at least.
+`--limit-minutes`; then `cut_off` is true and the ratio is what it would have been at least. `at_lower_targets` has the
+same ratios at other APs, from the same trainings.
 
 DIR keeps what was measured: nuciseg's run, which is taken up again where it was interrupted, and a line an epoch of
 StarDist's, which begins anew. A part that has its result is not run again. Other flags go to `nuciseg.train`. The last
-line is one JSON object, also in DIR/result.json. About 2 hours on 2 cores with nothing else to do.
+line is one JSON object, also in DIR/result.json. About 100 minutes on 2 cores with nothing else to do.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ CONFIG = HERE.parent / "tune_configs" / "fields.yaml"
 NUCISEG, STARDIST = "nuciseg", "stardist"
 SCORE = "ap50_pooled"
 VALIDATION_SHARE, SPLIT_SEED = 0.15, 42  # of StarDist's training example
+LOWER_TARGETS = (0.7, 0.75, 0.8)  # looked up in the same logs: where a curve is flat, one target is a matter of luck
 LIMIT = 3  # times nuciseg's minutes, when StarDist is cut off
 POLL_S = 0.5
 
@@ -93,7 +95,7 @@ def measure(arguments: argparse.Namespace, others: Sequence[str]) -> dict[str, A
                 sys.exit(f"{out} has no time of nuciseg to cut StarDist off by; run it first, or give --limit-minutes")
             if not is_done(read_metrics(log), arguments.target, limit):
                 train_stardist(arguments, parts, limit, log, environment)
-    result = combined(nuciseg, read_metrics(log), arguments.target)
+    result = combined(nuciseg_rows(out), read_metrics(log), arguments.target)
     result |= {"target": arguments.target, "cores": arguments.cores, "stardist_grid": arguments.grid}
     write_bytes(out / "result.json", json.dumps(result, indent=2).encode())
     return result
@@ -200,22 +202,36 @@ def is_done(rows: Sequence[Mapping[str, Any]], target: float, limit_minutes: flo
     return first_reaching(rows, target) is not None or bool(rows and rows[-1]["train_s"] >= 60 * limit_minutes)
 
 
-def combined(nuciseg: Mapping[str, Any] | None, stardist: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
-    """The ratios, where both were trained, and what they are made of. `train_s` of StarDist counts from its start."""
-    result: dict[str, Any] = {}
-    place = first_reaching(stardist, target)
+def combined(
+    nuciseg: Sequence[Mapping[str, Any]], stardist: Sequence[Mapping[str, Any]], target: float
+) -> dict[str, Any]:
+    """The ratios at the target and at lower ones, where both were trained, and what they are made of."""
+    result: dict[str, Any] = ratios(nuciseg, stardist, target)
     if stardist:
-        last = stardist[-1] if place is None else stardist[place]
-        minutes = last["train_s"] / 60
-        result["cut_off"] = place is None
-        if nuciseg is not None:
-            result["vs_stardist"] = round(minutes / nuciseg["minutes"], 3)
-            result["vs_stardist_without_validation"] = round(minutes / nuciseg["minutes_without_validation"], 3)
+        last = stardist[-1] if (place := first_reaching(stardist, target)) is None else stardist[place]
         best = max(row.get(SCORE, 0.0) for row in stardist)
-        result[STARDIST] = {"epoch": last["epoch"], "minutes": round(minutes, 2), "best_ap": round(best, 4)}
-    if nuciseg is not None:
-        result[NUCISEG] = {key: round(value, 2) for key, value in nuciseg.items()}
-    return result
+        minutes = round(last["train_s"] / 60, 4)
+        result[STARDIST] = {"epoch": last["epoch"], "minutes": minutes, "best_ap": round(best, 4)}
+    if (times := minutes_of(nuciseg, target)) is not None:
+        result[NUCISEG] = {key: round(value, 4) for key, value in times.items()}
+    lower = {f"{each:.2f}": ratios(nuciseg, stardist, each) for each in LOWER_TARGETS if each < target}
+    return {**result, "at_lower_targets": {name: each for name, each in lower.items() if each}}
+
+
+def ratios(
+    nuciseg: Sequence[Mapping[str, Any]], stardist: Sequence[Mapping[str, Any]], target: float
+) -> dict[str, float | bool]:
+    """StarDist's minutes until the target, or until it was cut off, over nuciseg's; `train_s` of StarDist adds up."""
+    times = minutes_of(nuciseg, target)
+    if times is None or not stardist:
+        return {}
+    place = first_reaching(stardist, target)
+    minutes = stardist[-1 if place is None else place]["train_s"] / 60
+    return {
+        "vs_stardist": round(minutes / times["minutes"], 3),
+        "vs_stardist_without_validation": round(minutes / times["minutes_without_validation"], 3),
+        "cut_off": place is None,
+    }
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ needs_stardist = pytest.mark.skipif(
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -93,11 +93,15 @@ def test_the_ablation_ends_with_its_ratios(tmp_path: Path) -> None:
     assert set(json.loads(last)) == {f"vs_no_{part}{many}" for part in parts for many in ("", "_many")}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # TensorFlow starts three times and compiles each time
 @needs_stardist
 def test_the_benchmarks_against_stardist_end_with_their_ratios(fields: Path, tmp_path: Path) -> None:
     command = ("time_to_accuracy.py", fields, "--out", tmp_path, *ONE_EPOCH, "--data.cache_dir", tmp_path / "cache")
     result = result_of(run(*command))
-    assert result["vs_stardist"] == pytest.approx(result["stardist"]["minutes"] / result["nuciseg"]["minutes"], rel=0.5)
+    assert result["vs_stardist"] == pytest.approx(
+        result["stardist"]["minutes"] / result["nuciseg"]["minutes"], rel=0.05
+    )
     assert result["vs_stardist_without_validation"] > result["vs_stardist"] > 0
     assert not result["cut_off"]
     assert len((tmp_path / "validation.txt").read_text().splitlines()) == 1
@@ -129,8 +133,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 
 def write_nuciseg_run(out: Path) -> None:
-    """Reaches .85 in its second epoch, after 2 minutes with and 1.5 without validation."""
-    scores = (0.5, 0.86, 0.9)
+    """Reaches .7 in its first epoch and .85 in its second, after 2 minutes with and 1.5 without validation."""
+    scores = (0.7, 0.86, 0.9)
     rows = [
         {"epoch": epoch, "train_s": 45.0, "validation_s": 15.0, "ap50_pooled": score}
         for epoch, score in enumerate(scores, 1)
@@ -146,13 +150,19 @@ def test_time_to_accuracy_combines_what_was_measured(
 ) -> None:
     write_nuciseg_run(tmp_path)
     seconds = (180.0, 60 * minutes)
-    rows = [{"epoch": 1, "train_s": seconds[0]}, {"epoch": 2, "train_s": seconds[1], "ap50_pooled": last}]
+    rows = [
+        {"epoch": 1, "train_s": seconds[0], "ap50_pooled": 0.7},
+        {"epoch": 2, "train_s": seconds[1], "ap50_pooled": last},
+    ]
     write_rows(tmp_path / "stardist_grid_2.jsonl", rows)
     result = result_of(run("time_to_accuracy.py", fields, "--out", tmp_path))
     assert result["nuciseg"] == {"epoch": 2, "minutes": 2.0, "minutes_without_validation": 1.5}
     assert result["stardist"] == {"epoch": 2, "minutes": minutes, "best_ap": last}
     assert (result["vs_stardist"], result["vs_stardist_without_validation"]) == (3.25, 4.333)
     assert result["cut_off"] is cut_off
+    lower = result["at_lower_targets"]
+    assert lower["0.70"] == {"vs_stardist": 3.0, "vs_stardist_without_validation": 4.0, "cut_off": False}
+    assert lower["0.75"]["vs_stardist"] == 3.25
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
