@@ -76,7 +76,12 @@ def _diameter_by_threshold(image_HW: NDArray[np.generic]) -> float | None:
 
     Touching nuclei are one region, whose widest place is still one nucleus wide.
     """
-    smooth_HW = cv2.GaussianBlur(image_HW.astype(np.float32), (0, 0), 1)
+    low, high = float(image_HW.min()), float(image_HW.max())
+    if low == high:
+        return None
+    # From 0 to 1: rounding may leave less between large values than a histogram needs.
+    share_HW = ((image_HW.astype(np.float64) - low) / (high - low)).astype(np.float32)
+    smooth_HW = cv2.GaussianBlur(share_HW, (0, 0), 1)
     if smooth_HW.min() == smooth_HW.max():
         return None
     inside_HW = (smooth_HW > threshold_otsu(smooth_HW)).astype(np.uint8)
