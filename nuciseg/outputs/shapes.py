@@ -28,7 +28,9 @@ class RoisWriter:
             # Coordinates beyond 60,535 are stored as floats, which a traced ROI cannot have.
             if roi.subpixel_coordinates is None:
                 roi.roitype = ROI_TYPE.TRACED
-            self._archive.writestr(f"{roi.name}.roi", roi.tobytes())
+            entry = zipfile.ZipInfo(f"{roi.name}.roi")  # without the time, so that the same nuclei give the same bytes
+            entry.external_attr = 0o644 << 16
+            self._archive.writestr(entry, roi.tobytes(), zipfile.ZIP_DEFLATED)
 
     def finish(self) -> None:
         self._archive.close()
