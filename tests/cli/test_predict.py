@@ -1,7 +1,10 @@
-"""`predict`: labels and a picture for each image, whatever is given, and a sentence for what cannot be used."""
+"""`predict`: labels, a picture and a table for each image, how far it is, and which files are meant."""
 
 from __future__ import annotations
 
+import csv
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +13,12 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+from predict_verb import predict, read_summary_rows, write_fields
 
-from nuciseg.cli import run_verb
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.errors import DataError
-from nuciseg.images import write_png
-from nuciseg.predict import expand_inputs, main
+from nuciseg.outputs import OUTPUT_NAMES
+from nuciseg.predict import BY_DEFAULT, OUTPUTS, expand_inputs
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +30,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "test"
 
 
-def predict(*words: str | Path) -> int:
-    """The exit code of the verb, in this process: importing torch once more takes seconds."""
-    with pytest.raises(SystemExit) as exit_:
-        run_verb(lambda: main([str(word) for word in words]))
-    return int(str(exit_.value.code))
-
-
 def test_a_folder_of_images(tiny_run: Path, images: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nuciseg.predict", "--checkpoint", str(tiny_run), str(images)]
-    result = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    out = tmp_path / "out"
+    result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert result.stderr == "", "no bar where stderr is no terminal"
     inputs = sorted(images.glob("*.png"))
     lines = result.stdout.splitlines()
     flagged = [line for line in lines[:6] if line.endswith(", look at it")]
@@ -46,22 +43,27 @@ def test_a_folder_of_images(tiny_run: Path, images: Path, tmp_path: Path) -> Non
     assert len(inputs) == 6
     doubts = [f"images whose borders do not close, flagged above, may be cut wrongly: {len(flagged)}"]
     assert lines[7:] == (doubts if flagged else [])
+    rows = read_summary_rows(out)
+    assert [row["file"] for row in rows] == [str(path) for path in inputs]
     num_nuclei = 0
-    for path, line in zip(inputs, lines[:6], strict=True):
-        labels_HW = tifffile.imread(tmp_path / "out" / f"{path.stem}_masks.tif")
+    for path, line, row in zip(inputs, lines[:6], rows, strict=True):
+        labels_HW = tifffile.imread(out / f"{path.stem}_masks.tif")
         image_HW = iio.imread(path)
         assert labels_HW.dtype == np.int32
         assert labels_HW.shape == image_HW.shape
         num_found = len(np.unique(labels_HW[labels_HW > 0]))
         assert line.partition(",")[0] == f"{path}: {num_found} nuclei"
+        assert (row["status"], row["num_nuclei"]) == ("done", str(num_found))
         num_nuclei += num_found
-        overlay = iio.imread(tmp_path / "out" / f"{path.stem}_overlay.png")
+        overlay = iio.imread(out / f"{path.stem}_overlay.png")
         assert overlay.shape[2] == 3
         assert overlay.shape[0] % labels_HW.shape[0] == 0
         assert np.any(overlay[..., 0] != overlay[..., 1]) == (num_found > 0), "outlines are coloured"
+        with (out / f"{path.stem}_measurements.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == num_found
     assert num_nuclei > 0
-    assert summary.startswith(f"{num_nuclei} nuclei in 6 images, written to {tmp_path / 'out'}")
-    assert len(list((tmp_path / "out").iterdir())) == 12
+    assert summary.startswith(f"{num_nuclei} nuclei in 6 images, written to {out}")
+    assert len(list(out.iterdir())) == 6 * 3 + 2
 
 
 def test_the_answer_does_not_depend_on_the_other_images(tiny_run: Path, images: Path, tmp_path: Path) -> None:
@@ -73,69 +75,78 @@ def test_the_answer_does_not_depend_on_the_other_images(tiny_run: Path, images: 
     assert len(list((tmp_path / "all").glob("*_masks.tif"))) == 6
 
 
-def test_one_bad_image_among_many(
-    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = sorted(images.glob("*.png"))[:2]
-    cut = tmp_path / "cut.png"
-    cut.write_bytes(good[0].read_bytes()[:300])
-    small = tmp_path / "small.png"
-    write_png(small, np.ones((5, 40), np.uint8))
-    out = tmp_path / "out"
-    assert predict("--checkpoint", tiny_run, good[0], cut, small, good[1], "--out", out) == 2
-    first, second, last = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"nuciseg: {cut} cannot be read as an image")
-    assert f"{str(small)!r} has 5x40 pixels, the network needs at least 8" in second
-    assert last.startswith("nuciseg: 2 of 4 images could not be predicted")
-    assert {path.name for path in out.glob("*_masks.tif")} == {f"{path.stem}_masks.tif" for path in good}
-    assert len(list(out.iterdir())) == 4
-
-
-def colour(path: Path) -> None:
-    write_png(path, np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing.png", "missing.png names no image"),
-        ("*.nothing", "*.nothing names no image"),
-        ("empty", "empty names no image"),
-        ("text.png", "text.png cannot be read as an image"),
-        ("colour.png", "colour.png is a colour image where grey is needed"),
-        ("float.tif", "float.tif holds float32 pixels"),
-        ("small.png", "has 5x40 pixels, the network needs at least 8"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    tiny_run: Path, tmp_path: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("no image")
-    colour(tmp_path / "colour.png")
-    tifffile.imwrite(tmp_path / "float.tif", np.ones((40, 40), np.float32))
-    write_png(tmp_path / "small.png", np.ones((5, 40), np.uint8))
-    out = tmp_path / "out"
-    assert predict("--checkpoint", tiny_run, tmp_path / name, "--out", out) == 2
+def test_all_outputs_and_none(tiny_fields_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = write_fields(tmp_path / "images", 1)
+    words = ["--checkpoint", tiny_fields_run, path, "--out", tmp_path / "out"]
+    assert predict(*words, "--no-masks", "--no-overlay", "--no-measurements") == 2
     said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("nuciseg: ")
-    assert said.count("\n") == 1
-    assert not out.exists() or not list(out.iterdir()), "nothing half-written"
-
-
-def test_a_folder_that_cannot_be_written(
-    tiny_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    assert predict("--checkpoint", tiny_run, images, "--out", tmp_path / "file" / "out") == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
-
-
-def test_no_checkpoint(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert predict("--checkpoint", tmp_path, images, "--out", tmp_path / "out") == 2
-    assert "is not a checkpoint and holds none" in capsys.readouterr().err
+    assert said == (
+        "nuciseg: nothing is to be written; leave one of --masks, --overlay, --measurements, --rois, --geojson on\n"
+    )
     assert not (tmp_path / "out").exists()
+    assert predict(*words, "--no-masks", "--rois", "--geojson") == 0
+    names = {each.name for each in (tmp_path / "out").iterdir()}
+    assert names == {"summary.csv", "predict.json"} | {
+        f"field_00{ending}" for ending in ("_overlay.png", "_measurements.csv", "_rois.zip", ".geojson")
+    }
+
+
+def test_the_flags_are_the_outputs_that_there_are() -> None:
+    assert set(OUTPUTS) == set(OUTPUT_NAMES)
+    assert set(BY_DEFAULT) < set(OUTPUTS)
+
+
+def test_help_is_quick_and_says_types_and_units() -> None:
+    code = (
+        "import sys; from nuciseg.predict import _parser; print(_parser().format_help()); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = " ".join(result.stdout.split())
+    assert said.endswith("False"), "torch takes seconds to import"
+    for text in (
+        "micrometres",
+        "pixels",
+        "path",
+        "default: 1024",
+        "default: off",
+        "from 0",
+        "summary.csv",
+        "predict.json",
+    ):
+        assert text in said
+
+
+@pytest.mark.parametrize("stdout_is_terminal", [False, True])
+def test_a_bar_on_a_terminal_and_all_lines_on_stdout(
+    tiny_fields_run: Path, tmp_path: Path, stdout_is_terminal: bool
+) -> None:
+    paths = write_fields(tmp_path / "images", 2)
+    command = [sys.executable, "-m", "nuciseg.predict", "--checkpoint", str(tiny_fields_run), *map(str, paths)]
+    mine, its = pty.openpty()
+    log = tmp_path / "stdout"
+    with log.open("w") as file:
+        stdout = its if stdout_is_terminal else file
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": "300"}
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "out")], stdout=stdout, stderr=its, env=environment
+        )
+        os.close(its)
+        shown = b""
+        try:
+            while block := os.read(mine, 1 << 16):
+                shown += block
+        except OSError:  # how a terminal says that nobody writes to it any more
+            pass
+        os.close(mine)
+        assert process.wait(timeout=60) == 0
+    assert b"images" in shown
+    assert "2/2" in shown.decode()
+    lines = (shown.decode() if stdout_is_terminal else log.read_text()).replace("\r", "\n").splitlines()
+    for path in paths:
+        assert any(line.endswith(" px") and f"{path}: " in line for line in lines)
+    if not stdout_is_terminal:
+        assert len(lines) == 3
+        assert str(paths[0]) not in shown.decode()
 
 
 # ------------------------------------------------------------------------------------------------ which files are meant
@@ -159,3 +170,13 @@ def test_results_may_not_go_among_the_images(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(DataError, match="is the folder of the images; choose another"):
         expand_inputs([str(tmp_path)], tmp_path / "y" / "..")
+
+
+def test_an_image_is_never_overwritten_by_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, other = tmp_path / "x.tif", tmp_path / "x_masks.tif"
+    for path in (image, other):
+        tifffile.imwrite(path, np.ones((8, 8), np.uint8))
+    before = other.read_bytes()
+    assert predict(image, other, "--out", tmp_path) == 2
+    assert f"{other} is to be read and would be overwritten; choose another --out" in capsys.readouterr().err
+    assert other.read_bytes() == before

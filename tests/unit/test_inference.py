@@ -8,22 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from nuciseg.data.cache import CachedSamples
 from nuciseg.engine.datasets import open_samples
 from nuciseg.engine.inference import (
     Place,
+    forward_views,
     predict_instances,
     predict_probabilities,
     score_probabilities,
     score_samples,
 )
 from nuciseg.engine.network import Network, load_network
-from nuciseg.engine.prediction import OneImage, predict_image
-from nuciseg.errors import DataError
 from nuciseg.metrics import Scores
-from nuciseg.types import Sample
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +34,6 @@ def samples(network: Network) -> CachedSamples:
 
 
 INDICES = tuple(range(1, 20))  # two whole batches and a short one
-
-
-def grey(height: int, width: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(1, 255, (height, width), dtype=np.uint8)
 
 
 def test_every_image_once_at_its_own_size(network: Network, samples: CachedSamples) -> None:
@@ -95,48 +88,13 @@ def test_instances_are_the_decoded_maps(network: Network, samples: CachedSamples
         assert instances.labels_HW.max() == len(instances.confidences_N)
 
 
-# ----------------------------------------------------------------------------------- an image that is in no data set
-def test_an_image_alone_gets_what_it_gets_in_a_data_set(network: Network, samples: CachedSamples) -> None:
-    ((_, expected),) = predict_instances(network, samples, [4])
-    found = predict_image(network, samples[4].image_HWC[..., 0], "x")
-    assert np.array_equal(found.labels_HW, expected.labels_HW)
-    assert expected.labels_HW.any()
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (8, 131), (57, 9), (201, 64)])
-def test_any_size_from_the_stride_on(network: Network, shape: tuple[int, int]) -> None:
-    instances = predict_image(network, grey(*shape), "x")
-    assert instances.labels_HW.shape == shape
-    assert instances.labels_HW.dtype == np.int32
-
-
-def test_16_bit_of_the_same_picture_gives_the_same_nuclei(network: Network, samples: CachedSamples) -> None:
-    image_HW = samples[4].image_HWC[..., 0]
-    eight = predict_image(network, image_HW, "x").labels_HW
-    sixteen = predict_image(network, image_HW.astype(np.uint16) * 257, "x").labels_HW
-    assert np.mean(eight != sixteen) < 0.01
-
-
-@pytest.mark.parametrize("shape", [(7, 100), (100, 7), (1, 1)])
-def test_smaller_than_the_stride_is_refused(network: Network, shape: tuple[int, int]) -> None:
-    with pytest.raises(
-        DataError, match=rf"'small\.png' has {shape[0]}x{shape[1]} pixels, the network needs at least 8"
-    ):
-        predict_image(network, grey(*shape), "small.png")
-
-
 @pytest.mark.parametrize(("num_views", "turn_matters"), [(1, True), (4, False), (8, False)])
 def test_turned_views_make_the_answer_independent_of_the_orientation(
     network: Network, num_views: int, turn_matters: bool
 ) -> None:
     network = replace(network, num_views=num_views)
-    image_HW = grey(64, 96)
-    upright = _maps(network, image_HW)
-    turned_back = np.rot90(_maps(network, np.ascontiguousarray(np.rot90(image_HW))), -1, (1, 2))
-    assert (np.abs(upright - turned_back).max() > 1e-4) == turn_matters
-
-
-def _maps(network: Network, image_HW: NDArray[np.uint8]) -> NDArray[np.float32]:
-    image = OneImage("x", Sample(image_HW[..., None], np.zeros(image_HW.shape, np.int32)))
-    ((found, _),) = predict_instances(network, image, [0])
-    return found.maps_KHW
+    images_BCHW = torch.rand((1, 1, 64, 96), generator=torch.Generator().manual_seed(0))
+    upright_KHW = forward_views(network, images_BCHW)[0]
+    turned_KHW = forward_views(network, torch.rot90(images_BCHW, 1, (2, 3)).contiguous())[0]
+    turned_back_KHW = np.rot90(turned_KHW, -1, (1, 2))
+    assert (np.abs(upright_KHW - turned_back_KHW).max() > 1e-4) == turn_matters
