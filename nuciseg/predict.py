@@ -291,9 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", type=_whole(1), default=1, metavar="N",
         help="so many networks at a time, as Ray actors on this machine or the cluster (default: 1, without Ray)",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out images that summary.csv in --out has as done"
-    )
+    parser.add_argument("--resume", action="store_true", help="leave out images that summary.csv in --out has as done")
     parser.add_argument(
         "--allow-large", action="store_true", help="read images that claim more than a gigapixel, whole if need be"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,21 +91,25 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"path": os.fsencode(path.absolute()), "name": os.fsencode(path)} for path in paths]
     # One block an image: a result is handed on when its image is finished, and a dead machine costs few images.
-    stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _PredictingActor,
-        fn_constructor_args=(checkpoint.absolute(), replace(request, out=request.out.absolute())),
-        compute=ray.data.ActorPoolStrategy(size=num_workers),
-        num_cpus=need.cpus,
-        num_gpus=need.gpus,
-        max_task_retries=NUM_RETRIES,
-    )
+    images = ray.data.from_items(rows, override_num_blocks=len(rows))
+    # Ray 2.60 has no other way to bound the retries than the one that it deprecates.
+    with warnings.catch_warnings(action="ignore", category=ray.util.annotations.RayDeprecationWarning):
+        stream = images.map(
+            _PredictingActor,
+            fn_constructor_args=(checkpoint.absolute(), replace(request, out=request.out.absolute())),
+            # One image at a time each: none waits for an actor that is busy while another has nothing to do.
+            compute=ray.data.ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=need.cpus,
+            num_gpus=need.gpus,
+            max_task_retries=NUM_RETRIES,
+        )
     try:
         for row in stream.iter_rows():
             found = pickle.loads(row["found"])  # made by our own actor
             if isinstance(found, ResourceError):
                 raise found
             yield found
-    except ray.exceptions.ActorDiedError as error:
+    except ray.exceptions.RayActorError as error:
         raise ResourceError(
             f"a process that predicted ended {NUM_RETRIES + 1} times on one image, most likely for want of memory; go "
             "on with --resume and fewer --workers"
