@@ -62,6 +62,10 @@ class DataConfig(Section):
         False, description="divide the test images, too, for cross-validation; nothing is left to test"
     )
     crop_px: int = Field(192, ge=32, le=4096, multiple_of=32, description="longest side of a training crop, pixels")
+    crops: Literal["one", "by_area"] = Field(
+        "one",
+        description="training crops of an image and epoch; by_area: as many as fill it, for fields of many sizes",
+    )
     batch_size: int = Field(16, ge=1, description="images a step, over all workers")
     num_loader_threads: int = Field(1, ge=0, le=64, description="threads that make batches ahead, per worker; 0: none")
     marking: Marking = Field("as_is", description="drawn border of cut-out clusters; erased: not for the network")

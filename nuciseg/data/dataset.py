@@ -170,6 +170,15 @@ def canvas_side(shape: Sequence[int], crop_px: int, multiple: int) -> int:
     return min(round_up(crop_px, multiple), round_up(max(shape[0], shape[1]) * CANVAS_MARGIN, multiple))
 
 
+def repeated_by_area(indices: Sequence[int], shapes: Sequence[Sequence[int]], crop_px: int) -> tuple[int, ...]:
+    """The indices, each as often as crops fill the image's area (at least once); see `TrainingData.indices`."""
+    return tuple(
+        index + repetition * len(shapes)
+        for index in indices
+        for repetition in range(max(1, round(shapes[index][0] * shapes[index][1] / crop_px**2)))
+    )
+
+
 @dataclass(frozen=True)
 class PlannedBatch:
     """One batch of all workers together: sample indices and the canvas side that all of its images are padded to."""
@@ -220,8 +229,10 @@ class LoadedBatch:
 class TrainingData:
     """Everything that turns a sample index into network input and targets.
 
-    `multiple` is the network's stride: canvases are multiples of it, and at least
-    `least_canvas_px`. Samples are joined and their markings changed as the augmenter's configuration says.
+    `indices` are those of samples; one that is a multiple of the number of samples more means the same sample once
+    more, augmented in another way (`repeated_by_area`). `multiple` is the network's stride: canvases are multiples of
+    it, and at least `least_canvas_px`. Samples are joined and their markings changed as the augmenter's configuration
+    says.
     """
 
     samples: SampleStore
@@ -237,10 +248,13 @@ class TrainingData:
 
     def canvas_px(self, index: int, epoch: int) -> int:
         """Side of the canvas of a sample; of a joined one such that both fit in whatever way they lie."""
-        height, width, *_ = self.samples.shapes[index]
+        height, width, *_ = self.samples.shapes[self._place(index)]
         partner = self._partner(index, epoch)[0]
-        more = 0 if partner is None else max(self.samples.shapes[partner][:2])
+        more = 0 if partner is None else max(self.samples.shapes[self._place(partner)][:2])
         return max(canvas_side((height + more, width + more), self.crop_px, self.multiple), self.least_canvas_px)
+
+    def _place(self, index: int) -> int:
+        return index % len(self.samples.ids)
 
     def _partner(self, index: int, epoch: int) -> tuple[int | None, np.random.Generator]:
         """The sample that is joined to this one, if any, and the generator of how; from (seed, epoch, index) alone."""
@@ -253,9 +267,9 @@ class TrainingData:
         """The sample as a cluster that could have been photographed and marked; not yet turned and normalised."""
         changes = self.augmenter.config.of_clusters
         partner, rng = self._partner(index, epoch)
-        sample = self.samples[index]
+        sample = self.samples[self._place(index)]
         if partner is not None:
-            sample = join_clusters(sample, self.samples[partner], rng)
+            sample = join_clusters(sample, self.samples[self._place(partner)], rng)
         image_HWC = disturb_marking(sample.image_HWC, changes.marking_dropped, changes.marking_shift_px, rng)
         image_HWC = with_marking(image_HWC, self.marking)
         if rng.random() < changes.drawn_borders:
@@ -273,7 +287,7 @@ class TrainingData:
         if not part:
             return LoadedBatch(None, len(planned.indices))
         side = planned.canvas_px
-        num_channels = self.samples[part[0]].image_HWC.shape[2]
+        num_channels = self.samples[self._place(part[0])].image_HWC.shape[2]
         images = np.zeros((len(part), num_channels, side, side), np.float32)
         targets = np.zeros((len(part), len(self.target.map_names), side, side), np.float32)
         valid = np.zeros((len(part), side, side), np.bool_)
@@ -290,7 +304,7 @@ class TrainingData:
             labels_SS = np.where(placed.valid_SS, placed.labels_SS, -1)
             targets[row, :, inside, inside] = self.target.encode(labels_SS)
             valid[row, inside, inside] = placed.valid_SS
-        ids = tuple(self.samples.ids[index] for index in part)
+        ids = tuple(self.samples.ids[self._place(index)] for index in part)
         batch = Batch(torch.from_numpy(images), torch.from_numpy(targets), torch.from_numpy(valid), ids)
         return LoadedBatch(batch, len(planned.indices))
 

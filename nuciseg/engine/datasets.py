@@ -11,7 +11,7 @@ import numpy as np
 from nuciseg.config import Config, DataConfig
 from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
-from nuciseg.data.dataset import SampleStore, TrainingData
+from nuciseg.data.dataset import SampleStore, TrainingData, repeated_by_area
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
 from nuciseg.data.splits import Split, fold_records, listed_records, split_records
 from nuciseg.engine.network import stride_of
@@ -73,7 +73,9 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
     refuse_smaller_than(stride, samples)
     training_data = TrainingData(
         samples=samples,
-        indices=split.train,
+        indices=repeated_by_area(split.train, samples.shapes, config.data.crop_px)
+        if config.data.crops == "by_area"
+        else split.train,
         normalization=config.data.normalization,
         augmenter=Augmenter(config.augment),
         target=build_target(config.target),

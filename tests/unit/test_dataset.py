@@ -22,6 +22,7 @@ from nuciseg.data.dataset import (
     evaluation_images,
     normalization_bounds,
     normalize,
+    repeated_by_area,
 )
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster
 from nuciseg.engine.datasets import open_training_set
@@ -321,3 +322,28 @@ def test_the_edge_of_an_image_is_no_outline_in_training_nor_in_evaluation() -> N
     for foreground, outline in (trained, scored):
         assert foreground.any()
         assert not outline.any()
+
+
+def test_large_images_are_cropped_as_often_as_fills_them() -> None:
+    shapes = [(64, 64), (200, 100), (10, 10)]
+    assert repeated_by_area([0, 1, 2], shapes, 64) == (0, 1, 4, 7, 10, 13, 2)
+    assert repeated_by_area([2], shapes, 64) == (2,)
+
+
+def test_the_crops_of_one_image_differ() -> None:
+    store = Store([(100, 120), (90, 80)])
+    data = training_data(store, indices=(0, 2))
+    assert data.canvas_px(2, 0) == data.canvas_px(0, 0)
+    (planned,) = data.plan(0, 2)
+    batch = data.load(planned, 0).batch
+    assert batch is not None
+    assert batch.ids == ("image0", "image0")
+    assert not torch.equal(batch.images_BCHW[0], batch.images_BCHW[1])
+
+
+def test_fields_are_cropped_by_area_if_asked_for() -> None:
+    changes = {"data.synthetic.num_train": 12, "data.crop_px": 32}
+    plain = open_training_set(Config().replaced(changes), 16)
+    repeated = open_training_set(Config().replaced({**changes, "data.crops": "by_area"}), 16)
+    assert plain.training_data.indices == plain.split.train == repeated.split.train
+    assert len(repeated.training_data.indices) > 2 * len(plain.split.train)
