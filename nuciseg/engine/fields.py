@@ -141,7 +141,10 @@ def find_nuclei(
                 instances, owned = _found_in(network, image_HW, bounds, rows, columns, count_open_borders)
             ids_N = np.where(owned, np.cumsum(owned) + num_found, 0).astype(np.int64)
             num_found += int(np.count_nonzero(owned))
-            yield Window(rows.start_px, columns.start_px, image_HW, instances.labels_HW, ids_N, instances.confidences_N)
+            yield Window(
+                rows.start_px, columns.start_px, image_HW, instances.labels_HW, ids_N, instances.confidences_N,
+                instances.num_open_borders,
+            )  # fmt: skip
 
 
 def assembled(windows: Iterator[Window], shape: tuple[int, int]) -> Instances:

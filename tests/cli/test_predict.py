@@ -15,6 +15,7 @@ import pytest
 import tifffile
 from predict_verb import predict, read_summary_rows, write_fields
 
+import nuciseg
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.errors import DataError
 from nuciseg.outputs import OUTPUT_NAMES
@@ -73,6 +74,20 @@ def test_the_answer_does_not_depend_on_the_other_images(tiny_run: Path, images: 
     name = f"{first.stem}_masks.tif"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
     assert len(list((tmp_path / "all").glob("*_masks.tif"))) == 6
+
+
+def test_clusters_whose_borders_do_not_close_are_flagged(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict("--checkpoint", "nuciseg/separator", images, "--out", tmp_path / "out") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    num_flagged = 0
+    for path, line in zip(sorted(images.glob("*.png")), lines[:6], strict=True):
+        num_open = nuciseg.predict(iio.imread(path), checkpoint="nuciseg/separator").num_open_borders
+        assert line.endswith(f", open borders: {num_open}, look at it") == (num_open > 0)
+        num_flagged += num_open > 0
+    assert num_flagged > 0
+    assert last == f"images whose borders do not close, flagged above, may be cut wrongly: {num_flagged}"
 
 
 def test_all_outputs_and_none(tiny_fields_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,10 +117,11 @@ def test_a_cluster_is_one_window_at_its_own_resolution(tiny_checkpoint: Path) ->
 def test_a_cluster_alone_gets_what_it_gets_in_a_data_set(tiny_checkpoint: Path) -> None:
     predictor = Predictor.load(tiny_checkpoint, torch.device("cpu"))
     samples = open_samples(predictor.network.config.data, "train")
-    ((_, expected),) = predict_instances(predictor.network, samples, [4])
+    ((seen, expected),) = predict_instances(predictor.network, samples, [4])
     found = predictor.instances(samples[4].image_HWC[..., 0])
     assert np.array_equal(found.labels_HW, expected.labels_HW)
     assert expected.labels_HW.any()
+    assert found.num_open_borders == predictor.network.target.open_borders(seen.maps_KHW)
 
 
 def test_the_scale_comes_from_the_diameter() -> None:
