@@ -296,8 +296,8 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-large", action="store_true", help="read images that claim more than a gigapixel, whole if need be"
     )
     parser.add_argument(
-        "--tile-px", type=_whole(256, 256), default=1024, metavar="N",
-        help="side of the tiles that the network sees, a multiple of 256; smaller takes less memory (default: 1024)",
+        "--tile-px", type=_whole(256, 256), default=2048, metavar="N",
+        help="side of the tiles that the network sees, a multiple of 256; smaller takes less memory (default: 2048)",
     )  # fmt: skip
     return parser
 

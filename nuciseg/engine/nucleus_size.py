@@ -27,9 +27,13 @@ SIZE_TOLERANCE = 1.5  # how much an answer counts falls with the size's ratio to
 
 
 def known_sizes(trained: Diameters, augment: AugmentConfig) -> Diameters:
-    """The sizes that a network has seen often enough, as images were scaled at random in training."""
+    """The sizes that a network has seen often enough: smaller ones than there were, as images were reduced in training.
+
+    Enlarging them in training made blurred nuclei, which are no large ones: with images of dsb2018 enlarged four times,
+    nuclei of 60 px were found better when shown at 17 px than as they were.
+    """
     factor = (1 + augment.scale) ** 0.5 if augment.enabled else 1.0
-    return Diameters(trained.low_px / factor, trained.typical_px, trained.high_px * factor)
+    return Diameters(trained.low_px / factor, trained.typical_px, trained.high_px)
 
 
 def scale_for(diameter_px: float, known: Diameters) -> float:

@@ -122,7 +122,7 @@ def test_help_is_quick_and_says_types_and_units() -> None:
         "micrometres",
         "pixels",
         "path",
-        "default: 1024",
+        "default: 2048",
         "default: off",
         "from 0",
         "summary.csv",

@@ -97,7 +97,7 @@ def test_rows_of_images_that_were_not_asked_for_stay(
         (("--pixel-size", "0.5"), "with pixel_size_um None, not 0.5"),
         (("--plane", "max"), "with plane None, not max"),
         (("--channel", "1"), "with channel None, not 1"),
-        (("--tile-px", "256"), "with tile_px 1024, not 256"),
+        (("--tile-px", "256"), "with tile_px 2048, not 256"),
     ],
 )
 def test_other_settings_are_refused(
