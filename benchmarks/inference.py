@@ -141,7 +141,7 @@ def ratios(times: Times, ending: str) -> dict[str, float]:
 
 def rates(times: Times, megapixels: float) -> dict[str, dict[str, float]]:
     return {
-        shown: {name: round(megapixels / statistics.median(each), 3) for name, each in times[pass_name].items()}
+        shown: {name: float(f"{megapixels / statistics.median(each):.4g}") for name, each in times[pass_name].items()}
         for pass_name, shown in PASSES.items()
     }
 
