@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nuciseg.engine.fields import OVERLAP, ArrayPixels, Grid, assembled, find_nuclei
+from nuciseg.engine.fields import OVERLAP, TILE_PX, ArrayPixels, Grid, assembled, find_nuclei
 from nuciseg.engine.nucleus_size import estimated_diameter, known_sizes, scale_for
+from nuciseg.engine.prediction import loaded_predictor
+from nuciseg.images import read_image
 from nuciseg.labels import median_diameter
 from nuciseg.metrics import score_image
 from nuciseg.types import Diameters, Instances
@@ -160,3 +163,18 @@ def test_sizes_within_what_the_network_knows_are_not_rescaled() -> None:
 def test_windows_do_not_depend_on_the_type_of_the_pixels(seed: int) -> None:
     image_HW, _ = draw_discs((300, 300), 20, seed=seed)
     assert same_partition(found(image_HW).labels_HW, found(image_HW.astype(np.float32)).labels_HW)
+
+
+@pytest.mark.slow
+def test_the_shipped_network_finds_the_same_nuclei_in_tiles(dsb2018_root: Path) -> None:
+    """A mosaic of real fields, as one window and in two tiles of the default size: identical to the pixel."""
+    predictor = loaded_predictor(Path("nuciseg/fields"))
+    fields = [read_image(path) for path in sorted((dsb2018_root / "train" / "images").iterdir())]
+    fields = [image_HW for image_HW in fields if image_HW.shape == (520, 696)][:12]
+    mosaic_HW = np.vstack([np.hstack(fields[start : start + 4]) for start in (0, 4, 8)])
+    whole, tiled = (
+        assembled(find_nuclei(predictor.network, ArrayPixels(mosaic_HW), Grid.at(1.0, side)), mosaic_HW.shape[:2])
+        for side in (3072, TILE_PX)
+    )
+    assert len(whole.confidences_N) > 1000
+    assert same_partition(whole.labels_HW, tiled.labels_HW)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from made_studies import record, trial
@@ -31,6 +32,7 @@ from nuciseg.reporting.shipping import ship, without_machine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+FIELDS = shipped.SHIPPED_DIR / "fields"
 SEPARATOR = shipped.SHIPPED_DIR / "separator"
 
 
@@ -314,3 +316,19 @@ def test_the_separator_separates_what_its_card_says(nucleus_root: Path, tmp_path
         result = evaluate_checkpoint(SEPARATOR, data, split, tmp_path / split, device=CPU)
         assert result.scores.clusters == int(clusters)
         assert result.scores.clusters_separated >= int(separated)
+
+
+@pytest.mark.slow
+def test_the_fields_find_what_their_card_says(dsb2018_root: Path, tmp_path: Path) -> None:
+    """On the validation images: the test images are for the card's one figure."""
+    ids = sorted(path.stem for path in (dsb2018_root / "train" / "images").iterdir())
+    held_out = np.random.RandomState(42).permutation(len(ids))[-67:]  # as scripts/stardist_split.py has it
+    (tmp_path / "held_out.txt").write_text("\n".join(ids[index] for index in held_out))
+    changes = {"root": dsb2018_root, "validation_list": tmp_path / "held_out.txt"}
+    data = load_checkpoint(FIELDS).config.data.model_copy(update=changes)
+    scores = evaluate_checkpoint(FIELDS, data, "validation", tmp_path / "out", device=CPU).scores.flat_summary()
+    card = (FIELDS / "README.md").read_text()
+    (row,) = re.findall(r"^\| validation \| \d+ / \d+ \| (.*) \|$", card, re.MULTILINE)
+    said = [float(figure) for figure in row.split(" | ")[:4]]
+    found = [scores[f"{name}_pooled"] for name in ("ap50", "ap70", "ap90", "ap_mean_to_90")]
+    assert found == pytest.approx(said, abs=0.005)  # another CPU rounds otherwise
