@@ -40,7 +40,7 @@ def pair(tmp_path: Path) -> DataSet:
 def test_the_ceiling_of_a_known_image(pair: DataSet) -> None:
     ceilings = list(measure_ceilings(pair, choose_images(pair)))
     assert len(ceilings) == len(targets_to_try())
-    assert {each.target.kind for each in ceilings if each.is_default} == {"touching_border", "full_border"}
+    assert {each.target.kind for each in ceilings if each.is_default} == {"touching_border", "full_border", "depth"}
     for each in ceilings:
         assert each.split == "train"
         assert each.scores.num_true == 3

@@ -156,9 +156,8 @@ def test_more_nuclei_than_16_bits_can_number(tmp_path: Path) -> None:
             image_HW[row + 1 :: 8, column + 1 :: 8] = 4000
     tifffile.imwrite(tmp_path / "x.tif", image_HW)
     shares: list[float] = []
-    result = predict_file(
-        hand_made(trained_on=None), tmp_path / "x.tif", Request(("masks",), tmp_path / "out"), shares.append
-    )
+    request = Request(("masks",), tmp_path / "out", tile_px=512)
+    result = predict_file(hand_made(trained_on=None), tmp_path / "x.tif", request, shares.append)
     labels_HW = tifffile.imread(tmp_path / "out" / "x_masks.tif")
     assert result.row.summary is not None
     assert result.row.summary.num_nuclei == labels_HW.max() == len(np.unique(labels_HW)) - 1 == rows * columns > 65535

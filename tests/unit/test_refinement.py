@@ -75,7 +75,9 @@ def test_an_open_border_is_flagged_for_a_person_to_look_at(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.png"
-    write_png(path, np.full((64, 64), 90, np.uint8))
+    cluster_HW = np.zeros((64, 64), np.uint8)
+    cluster_HW[12:52, 10:50], cluster_HW[20:40, 15:35] = 90, 120
+    write_png(path, cluster_HW)
     monkeypatch.setattr(BorderTarget, "open_borders", lambda *_: 2)
     predict(["--checkpoint", str(tiny_checkpoint), str(path), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
