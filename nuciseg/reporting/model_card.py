@@ -152,9 +152,7 @@ def card_values(facts: CardFacts) -> dict[str, str]:
     }
 
 
-def _rows(
-    reports: Mapping[str, Mapping[str, Any]], row: Callable[[str, Mapping[str, Any]], str]
-) -> Iterator[str]:
+def _rows(reports: Mapping[str, Mapping[str, Any]], row: Callable[[str, Mapping[str, Any]], str]) -> Iterator[str]:
     """Each split's own scores; of the test images also those of the baselines and with other drawn borders."""
     for split in ("validation", "test"):
         yield row(split, reports[split])
