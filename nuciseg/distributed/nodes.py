@@ -1,0 +1,102 @@
+"""One function, once on every node of the connected cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nuciseg.errors import NucisegError
+
+ANSWER_TIMEOUT_S = 30.0  # a node starts a Python process for the question and imports what it needs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result(Generic[T]):
+    """What one node answered: a `value`, or in `failure` the sentence that says why there is none."""
+
+    value: T | None = None
+    failure: str | None = None
+
+
+def on_every_node(
+    function: Callable[..., T], *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S
+) -> dict[str, Result[T]]:
+    """What `function(*arguments)` gives on each alive node, by the node's name; all are asked at the same time.
+
+    It waits behind no trial, because it asks for no CPU. Nothing that happens on a node is raised here: neither an
+    error of `function` nor a node that dies, stalls or lacks nuciseg. Ray must be connected.
+    """
+    asked = {
+        ray.remote(function)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+        .remote(*arguments): name
+        for node_id, name in alive_nodes().items()
+    }
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    results = {asked[reference]: _answer(reference) for reference in answered}
+    for reference in silent:
+        ray.cancel(reference, force=True)
+        results[asked[reference]] = Result(
+            failure=f"does not answer within {timeout_s:g} s; look whether the machine is overloaded or out of reach"
+        )
+    return {name: results[name] for name in asked.values()}
+
+
+def alive_nodes() -> dict[str, str]:
+    """The names of the alive nodes by their ids, head node first."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes.sort(key=lambda node: ("node:__internal_head__" not in node["Resources"], node["NodeManagerAddress"]))
+    return node_names(nodes)
+
+
+def node_names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Host name and address by node id; nodes that have both in common are told apart by their id."""
+    names = {node["NodeID"]: _host(node) for node in nodes}
+    seen = Counter(names.values())
+    return {id: f"{name} {id[:8]}" if seen[name] > 1 else name for id, name in names.items()}
+
+
+def _host(node: Mapping[str, Any]) -> str:
+    host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+    return str(address) if host == address else f"{host} ({address})"
+
+
+def _answer(reference: ray.ObjectRef[T]) -> Result[T]:
+    try:
+        return Result(value=ray.get(reference))
+    except RayTaskError as error:
+        return Result(failure=describe_task_error(error.cause or error))
+    except RayError as error:
+        return Result(
+            failure=f"could not be asked ({_first_line(error)}); see `ray status`, and add a node in its place"
+        )
+
+
+def describe_task_error(error: BaseException) -> str:
+    """One sentence for what a function raised on a node."""
+    if isinstance(error, NucisegError):
+        return str(error)
+    if "No module named 'nuciseg" in str(error):
+        return (
+            "cannot import nuciseg; install it there in the same version, by the image or the setup_commands of the "
+            "cluster file"
+        )
+    if isinstance(error, ImportError) or "failed to import on the worker" in str(error):
+        return f"cannot import what nuciseg needs ({_last_line(error)}); install nuciseg there as on the other nodes"
+    return f"failed with {type(error).__name__} ({_last_line(error)})"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _last_line(error: BaseException) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
