@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def test_python_files_keep_to_one_subject() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files}
     too_long = {name: length for name, length in lengths.items() if length > MAX_LINES}
     assert not too_long, f"longer than {MAX_LINES} lines: {too_long}"
+
+
+def test_each_test_file_has_a_name_of_its_own() -> None:
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest could not collect them together
 
 
 def test_imports_go_downward_only() -> None:
