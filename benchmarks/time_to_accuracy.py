@@ -32,10 +32,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from alternating import all_cores, on_cores
 
 from nuciseg.data.formats import labels as layout
+from nuciseg.data.splits import held_out_by_stardist
 from nuciseg.errors import NucisegError
 from nuciseg.images import write_bytes
 from nuciseg.tracking import METRICS_FILE, read_metrics
@@ -45,7 +45,6 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parent / "tune_configs" / "fields.yaml"
 NUCISEG, STARDIST = "nuciseg", "stardist"
 SCORE = "ap50_pooled"
-VALIDATION_SHARE, SPLIT_SEED = 0.15, 42  # of StarDist's training example
 LOWER_TARGETS = (0.7, 0.75, 0.8)  # looked up in the same logs: where a curve is flat, one target is a matter of luck
 LIMIT = 3  # times nuciseg's minutes, when StarDist is cut off
 POLL_S = 0.5
@@ -103,10 +102,11 @@ def measure(arguments: argparse.Namespace, others: Sequence[str]) -> dict[str, A
 
 def divided(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The split of StarDist's example: of the images in the order of their names."""
-    order = np.random.RandomState(SPLIT_SEED).permutation(len(records))
-    num_validation = max(1, round(VALIDATION_SHARE * len(records)))
-    chosen = {"train": order[:-num_validation], "validation": order[-num_validation:]}
-    return {part: [records[index] for index in indices] for part, indices in chosen.items()}
+    held_out = held_out_by_stardist([record.id for record in records])
+    parts: dict[str, list[Record]] = {"train": [], "validation": []}
+    for record in records:
+        parts["validation" if record.id in held_out else "train"].append(record)
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------ the trainings

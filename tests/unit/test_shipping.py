@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from made_studies import record, trial
@@ -20,6 +19,7 @@ from shipped_runs import PAIRS, EvaluatedRun, make_evaluated_run
 from small_runs import small_config
 
 from nuciseg.config import Config
+from nuciseg.data.splits import held_out_by_stardist
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine import shipped
 from nuciseg.engine.checkpoint import Checkpoint, Progress, find_checkpoint, load_checkpoint, save_checkpoint
@@ -169,6 +169,23 @@ def test_the_cards_figures_are_the_files(tiny: Path, evaluated: EvaluatedRun) ->
     assert "test, drawn border erased" in card
     assert "--config tune_configs/tiny.yaml --data.root DIR --seed 3\n" in card, "what the recipe does not say"
     assert "$" not in card
+
+
+def test_a_card_of_fields_has_the_figures_of_nuclei(evaluated: EvaluatedRun, shipped_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.md").write_text("$nuclei_scores\n")
+    ship(evaluated.folder, "words", replace(evaluated.sources, words=tmp_path / "words.md"))
+    card = (shipped_dir / "words" / "README.md").read_text()
+    for split in ("validation", "test"):
+        report = json.loads(scores_file(evaluated.folder, split).read_text())
+        cells = re.findall(rf"^\| {split} \| \d+ / \d+ \|(.*)\|$", card, re.MULTILINE)[0].split("|")
+        assert [float(cell) for cell in cells] == [
+            round(value, 3)
+            for average in ("pooled", "per_image")
+            for value in (
+                *(report[f"ap_{average}"][threshold] for threshold in ("0.50", "0.70", "0.90")),
+                report[f"ap_mean_to_90_{average}"],
+            )
+        ]
 
 
 def test_the_cards_figures_change_with_the_files(evaluated: EvaluatedRun, shipped_dir: Path, tmp_path: Path) -> None:
@@ -322,8 +339,7 @@ def test_the_separator_separates_what_its_card_says(nucleus_root: Path, tmp_path
 def test_the_fields_find_what_their_card_says(dsb2018_root: Path, tmp_path: Path) -> None:
     """On the validation images: the test images are for the card's one figure."""
     ids = sorted(path.stem for path in (dsb2018_root / "train" / "images").iterdir())
-    held_out = np.random.RandomState(42).permutation(len(ids))[-67:]  # as scripts/stardist_split.py has it
-    (tmp_path / "held_out.txt").write_text("\n".join(ids[index] for index in held_out))
+    (tmp_path / "held_out.txt").write_text("\n".join(held_out_by_stardist(ids)))
     changes = {"root": dsb2018_root, "validation_list": tmp_path / "held_out.txt"}
     data = load_checkpoint(FIELDS).config.data.model_copy(update=changes)
     scores = evaluate_checkpoint(FIELDS, data, "validation", tmp_path / "out", device=CPU).scores.flat_summary()
