@@ -163,6 +163,15 @@ def assembled(windows: Iterator[Window], shape: tuple[int, int]) -> Instances:
     return Instances(labels_HW, np.concatenate(confidences))
 
 
+def spread_windows(pixels: Pixels, side_px: int, per_side: int) -> Iterator[NDArray[Any]]:
+    """Square windows evenly spread over an image, `per_side` along each side, fewer where they would be the same."""
+    height, width = pixels.shape
+    tall, wide = min(height, side_px), min(width, side_px)
+    tops = sorted({int(top) for top in np.linspace(0, height - tall, per_side)})
+    lefts = sorted({int(left) for left in np.linspace(0, width - wide, per_side)})
+    return (pixels.read(top, left, tall, wide) for top in tops for left in lefts)
+
+
 def bounds_of(pixels: Pixels, network: Network) -> tuple[float, float] | None:
     """The raw values that become 0 and 1 in the whole image; None where all of its pixels that were seen are equal."""
     height, width = pixels.shape
@@ -170,10 +179,7 @@ def bounds_of(pixels: Pixels, network: Network) -> tuple[float, float] | None:
         seen = pixels.read(0, 0, height, width)
     else:
         per_side = int((BOUNDS_SAMPLE_PX**0.5) // _SAMPLE_SIDE_PX)
-        tall, wide = min(height, _SAMPLE_SIDE_PX), min(width, _SAMPLE_SIDE_PX)
-        tops = sorted({int(top) for top in np.linspace(0, height - tall, per_side)})
-        lefts = sorted({int(left) for left in np.linspace(0, width - wide, per_side)})
-        seen = np.stack([pixels.read(top, left, tall, wide) for top in tops for left in lefts])
+        seen = np.stack(list(spread_windows(pixels, _SAMPLE_SIDE_PX, per_side)))
     if seen.min() == seen.max():
         return None
     return normalization_bounds(seen.reshape(-1, 1, 1), network.config.data.normalization)
@@ -199,6 +205,8 @@ def _found_in(
         threshold = target.config.decode.foreground_threshold
         labels_HW = _at_image_resolution(instances.labels_HW, foreground_HW, threshold, grid, image_HW.shape)
         instances = replace(instances, labels_HW=labels_HW)
+        # Of a nucleus that was enlarged for the network nothing may be left.
+        owned &= np.bincount(labels_HW.ravel(), minlength=len(owned) + 1)[1:] > 0
     return instances, owned
 
 
@@ -247,13 +255,13 @@ def _at_image_resolution(
     """Labels at the image's resolution: between nuclei by the nearest pixel, towards the background along the
     interpolated foreground, which makes no steps."""
     rows_H, columns_W = ((np.arange(length) + 0.5) * grid.scale - 0.5 for length in shape)
-    x_HW, y_HW = np.meshgrid(columns_W.astype(np.float32), rows_H.astype(np.float32))
     nearest_HW = labels_HW[
         np.clip(np.rint(rows_H), 0, labels_HW.shape[0] - 1).astype(int)[:, None],
         np.clip(np.rint(columns_W), 0, labels_HW.shape[1] - 1).astype(int),
     ]
     if grid.scale >= 1:
         return np.asarray(nearest_HW)
+    x_HW, y_HW = np.meshgrid(columns_W.astype(np.float32), rows_H.astype(np.float32))
     inside_HW = cv2.remap(foreground_HW, x_HW, y_HW, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) >= threshold
     radius_px = int(np.ceil(1 / grid.scale))
     grown_HW = cv2.dilate(nearest_HW.astype(np.float32), np.ones((2 * radius_px + 1,) * 2)).astype(np.int32)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skimage.filters import threshold_otsu
 
 from nuciseg.data.augment import AugmentConfig
-from nuciseg.engine.fields import ArrayPixels, Grid, Pixels, assembled, find_nuclei
+from nuciseg.engine.fields import ArrayPixels, Grid, Pixels, assembled, find_nuclei, spread_windows
 from nuciseg.engine.network import Network
 from nuciseg.labels import median_diameter
 from nuciseg.types import Diameters, Instances
@@ -67,12 +67,7 @@ def _clarity(found: Instances, seen_diameter_px: float, known: Diameters) -> flo
 
 def _sample(pixels: Pixels) -> NDArray[np.generic]:
     """The image, or the window of a larger one that has most contrast."""
-    height, width = pixels.shape
-    tall, wide = min(height, SAMPLE_PX), min(width, SAMPLE_PX)
-    tops = sorted({int(top) for top in np.linspace(0, height - tall, LOOKED_AT)})
-    lefts = sorted({int(left) for left in np.linspace(0, width - wide, LOOKED_AT)})
-    windows = (pixels.read(top, left, tall, wide) for top in tops for left in lefts)
-    return max(windows, key=lambda window_HW: float(np.std(window_HW)))
+    return max(spread_windows(pixels, SAMPLE_PX, LOOKED_AT), key=lambda window_HW: float(np.std(window_HW)))
 
 
 def _diameter_by_threshold(image_HW: NDArray[np.generic]) -> float | None:

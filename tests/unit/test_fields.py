@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from nuciseg.engine import fields
 from nuciseg.engine.fields import OVERLAP, TILE_PX, ArrayPixels, Grid, assembled, find_nuclei
 from nuciseg.engine.nucleus_size import estimated_diameter, known_sizes, scale_for
 from nuciseg.engine.prediction import loaded_predictor
@@ -163,6 +165,20 @@ def test_sizes_within_what_the_network_knows_are_not_rescaled() -> None:
 def test_windows_do_not_depend_on_the_type_of_the_pixels(seed: int) -> None:
     image_HW, _ = draw_discs((300, 300), 20, seed=seed)
     assert same_partition(found(image_HW).labels_HW, found(image_HW.astype(np.float32)).labels_HW)
+
+
+def test_a_nucleus_of_which_nothing_is_left_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    image_HW, _ = draw_discs((120, 120), 14, least_gap=1.5, share=0.2)
+    num_nuclei = len(found(image_HW, Grid.at(2.0, 256)).confidences_N)
+    shrink = fields._at_image_resolution
+
+    def without_the_third(labels_HW: NDArray[np.int32], *others: Any) -> NDArray[np.int32]:
+        return shrink(np.where(labels_HW == 3, 0, labels_HW), *others)
+
+    monkeypatch.setattr(fields, "_at_image_resolution", without_the_third)
+    instances = found(image_HW, Grid.at(2.0, 256))
+    assert np.unique(instances.labels_HW).tolist() == list(range(num_nuclei))
+    assert len(instances.confidences_N) == num_nuclei - 1
 
 
 @pytest.mark.slow
