@@ -60,6 +60,7 @@ class Trainer:
         decay = config.train.ema_decay
         self.averaged = average_weights(self.network.model, decay) if decay is not None else None
         self.diameters = data.diameters() if place.rank == 0 else None  # the one that writes checkpoints
+        self.data_format = format_of(config.data)  # looks into folders: once, not in each epoch
         self.progress = Progress()
         if resume_from is not None:
             self._restore(resume_from)
@@ -276,7 +277,7 @@ class Trainer:
             training={key: tensor.clone() for key, tensor in training.items()},
             scores=metrics,
             diameters=self.diameters,
-            data_format=format_of(self.config.data),
+            data_format=self.data_format,
         )
 
     def _restore(self, folder: Path) -> None:

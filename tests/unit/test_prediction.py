@@ -18,7 +18,8 @@ import nuciseg
 import nuciseg.predict
 from nuciseg.data.cutting import CutSettings, cut_field
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, draw_field
-from nuciseg.engine.datasets import open_samples
+from nuciseg.engine.checkpoint import load_checkpoint
+from nuciseg.engine.datasets import open_samples, open_training_set
 from nuciseg.engine.fields import ArrayPixels
 from nuciseg.engine.files import Diameter, Request, predict_file
 from nuciseg.engine.inference import predict_instances
@@ -214,3 +215,14 @@ def test_a_diameter_that_is_no_size_is_refused(diameter_px: float) -> None:
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         nuciseg.predict(np.ones((5, 5)), checkpoint=tmp_path)
+
+
+def test_a_checkpoint_says_which_images_it_is_for(tiny_fields_run: Path, tiny_checkpoint: Path) -> None:
+    of_fields, of_clusters = (Predictor.load(path, torch.device("cpu")) for path in (tiny_fields_run, tiny_checkpoint))
+    assert (of_fields.for_clusters, of_clusters.for_clusters) == (False, True)
+    for predictor in (of_fields, of_clusters):
+        loaded = load_checkpoint(predictor.checkpoint)
+        assert loaded.diameters is not None
+        measured = open_training_set(loaded.config, predictor.network.stride).diameters()
+        assert loaded.diameters == measured
+        assert measured.low_px <= measured.typical_px <= measured.high_px
