@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nuciseg.baselines import BASELINES
 from nuciseg.exploring.reading import DataSet
 from nuciseg.metrics import ImageScores, Scores, score_image
-from nuciseg.targets import FullBorderConfig, TargetConfig, TouchingBorderConfig, build_target
+from nuciseg.targets import DepthConfig, FullBorderConfig, TargetConfig, TouchingBorderConfig, build_target
 
 TargetSettings = TouchingBorderConfig | FullBorderConfig
 
@@ -40,10 +40,13 @@ class BaselineScores:
 
 
 def targets_to_try() -> list[tuple[TargetSettings, bool]]:
-    """Every target that there is, at three widths, and whether it is its default."""
+    """Every target that there is and whether it is its default; at three widths where nuclei are cut along a line."""
     union, _ = get_args(TargetConfig)
-    steps_px = (-WIDTH_STEP_PX, 0, WIDTH_STEP_PX)
-    return [(kind(width_px=max(1, kind().width_px + step)), step == 0) for kind in get_args(union) for step in steps_px]
+    return [
+        (kind(width_px=max(1, kind().width_px + step)), step == 0)
+        for kind in get_args(union)
+        for step in ((0,) if kind is DepthConfig else (-WIDTH_STEP_PX, 0, WIDTH_STEP_PX))
+    ]
 
 
 def choose_images(data: DataSet, seed: int = 0) -> dict[str, tuple[int, ...]]:

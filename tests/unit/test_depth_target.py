@@ -127,3 +127,21 @@ def test_calibration_changes_decoding_alone_step_by_step() -> None:
         assert {config.width_px for config in configs} == {4}
         best = configs[-1]
     assert best.decode.foreground_threshold == 0.6, "what a step chose is kept by the next"
+
+
+def test_a_target_names_the_settings_that_its_decoding_heeds() -> None:
+    maps_KHW = ndimage.gaussian_filter(TARGET.encode(draw_field(3, 14)), (0, 1, 1))
+    changed = {
+        "foreground_threshold": 0.8, "border_threshold": 0.9, "core_depth": 0.9, "gap_closing": 0.0, "min_area_px": 400,
+        "min_width_share": 0.9, "border_share": 0.1, "min_nuclei": 40,
+    }  # fmt: skip
+    assert changed.keys() == DecodeConfig.model_fields.keys()
+    plain_HW = TARGET.decode(maps_KHW).labels_HW
+    heeded = {
+        key
+        for key, value in changed.items()
+        if not np.array_equal(
+            build_target(DepthConfig(decode=DecodeConfig(**{key: value}))).decode(maps_KHW).labels_HW, plain_HW
+        )
+    }
+    assert heeded == set(TARGET.decoded_by)

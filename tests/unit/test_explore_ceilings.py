@@ -55,6 +55,7 @@ def test_every_target_is_tried_at_its_default_and_at_other_widths() -> None:
         own = {width_px: is_default for (kind, width_px), is_default in tried.items() if kind == config.kind}
         assert len(own) == 3
         assert own[config.width_px]
+    assert [kind for kind, _ in tried].count("depth") == 1, "which is decoded without the line"
 
 
 def test_the_baselines_of_a_known_image(pair: DataSet) -> None:
