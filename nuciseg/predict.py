@@ -106,11 +106,12 @@ def predict(
     """
     import numpy as np
 
+    from nuciseg.engine.files import LEAST_DIAMETER_PX
     from nuciseg.engine.prediction import loaded_predictor, refuse_unusable
 
     image_HW = np.asarray(image_HW)
     refuse_unusable(image_HW)
-    if diameter_px is not None and not 1 <= diameter_px < math.inf:
+    if diameter_px is not None and not LEAST_DIAMETER_PX <= diameter_px < math.inf:
         raise ConfigError(f"diameter_px {diameter_px:g} is no size; give the width of a nucleus in pixels, such as 30")
     return loaded_predictor(Path(checkpoint)).instances(image_HW, diameter_px=diameter_px)
 
@@ -297,7 +298,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tile-px", type=_whole(256, 256), default=2048, metavar="N",
-        help="side of the tiles that the network sees, a multiple of 256; smaller takes less memory (default: 2048)",
+        help="side of the tiles that the network sees, a multiple of 256; smaller takes less memory, but nuclei beside "
+        "a seam may come out otherwise (default: 2048)",
     )  # fmt: skip
     return parser
 

@@ -59,11 +59,13 @@ def test_the_scores_are_printed_and_written(tiny_run: Path, drawn: Path, tmp_pat
     baselines = list(report["baselines"].values())
     assert rows["clusters separated"] == [f"{each['clusters_separated']} of 3" for each in (report, *baselines)]
     assert rows["AP .7 per image"] == [f"{each['ap_per_image']['0.70']:.3f}" for each in (report, *baselines)]
+    assert rows["mean AP .5:.9 pooled"][0] == f"{report['ap_mean_to_90_pooled']:.3f}"
     assert rows["mean AP pooled"] == [f"{each['ap_mean_pooled']:.3f}" for each in (report, *baselines)]
     assert rows["nuclei found / true"][0] == f"{report['nuclei_found']} / 6"
     assert report["split_hash"] in result.stdout
     assert report["checkpoint"] in result.stdout
     assert "border_threshold" in result.stdout
+    assert "core_depth" not in result.stdout, "this target does not heed it"
     assert not (tmp_path / "out" / "wandb").exists(), "the run was not tracked, so its evaluation is not"
 
 
