@@ -1,4 +1,4 @@
-"""Promises about the repository as a whole: places, sizes, import direction, changelog, links, the cluster file."""
+"""Promises about the repository as a whole: places, sizes, import direction, changelog, links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 
 import nuciseg
 from nuciseg.reporting.study import write_study
@@ -146,17 +145,3 @@ def test_the_study_is_what_the_command_makes_of_its_records(tmp_path: Path) -> N
     changed = [place for place in places if (tmp_path / place).read_bytes() != (ROOT / place).read_bytes()]
     assert not changed, f"run `python -m nuciseg.study`, which would change {changed}"
     assert (ROOT / "docs" / "images" / "study.png").exists()
-
-
-def test_ray_accepts_the_cluster_file() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")))
-    validate_config(config)
-    assert config["head_node_type"] in config["available_node_types"]
-    workers = [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
-    assert workers, "a cluster without workers"
-    for worker in workers:
-        assert worker["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-        assert worker["min_workers"] >= 1, "trials ask for GPUs only where one is there when the search begins"
-        assert worker["max_workers"] <= config["max_workers"]
