@@ -89,12 +89,12 @@ def why_no_hosts() -> str | None:
 class Host:
     """One machine of a `Lan`: commands run there, processes are counted, the power is cut."""
 
-    def __init__(self, name: str, address: str, folder: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, name: str, address: str, folder: Path) -> None:
         self.name = name
         self.address = address
+        self.folder = folder
         self.home = folder / "home"  # as seen from outside
-        self._log = folder / "sshd.log"
-        self._process = process
+        self.process: subprocess.Popen[bytes] | None = None  # None while the power is off
 
     def run(
         self, command: str, *, timeout_s: float, check: bool = True, cwd: str | Path = HOME
@@ -138,19 +138,20 @@ class Host:
                 continue
         return lines
 
-    def power_off(self) -> None:
-        """A power cut: every process is gone at once and nobody is told."""
-        self._process.kill()
-        self._process.wait()
+    def listens(self, port: int) -> bool:
+        """Whether a process of this host takes connections at `port` of IPv4."""
+        table = Path(f"/proc/{self.process.pid}/net/tcp") if self.process is not None else None
+        if table is None or not table.exists():
+            return False
+        rows = [line.split() for line in table.read_text().splitlines()[1:]]
+        return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
-    def wait_until_up(self, limit_s: float = 60.0) -> None:
-        """Wait for the SSH server; raises AssertionError with what the host said where it does not come up."""
-        deadline = time.monotonic() + limit_s
-        while not self._listens():
-            said = self._log.read_text(errors="replace")
-            assert self._process.poll() is None, f"host {self.name} ended while it started: {said}"
-            assert time.monotonic() < deadline, f"host {self.name} has no SSH server after {limit_s:.0f} s: {said}"
-            time.sleep(0.05)
+    def power_off(self) -> None:
+        """A power cut: every process is gone at once and nobody is told. The files stay."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
     def _entered(self, command: str, cwd: str | Path) -> list[str]:
         first = self._first_process()
@@ -163,15 +164,10 @@ class Host:
 
     def _first_process(self) -> psutil.Process | None:
         try:
-            children = psutil.Process(self._process.pid).children()
+            children = psutil.Process(self.process.pid).children() if self.process is not None else []
         except psutil.NoSuchProcess:
             return None
         return children[0] if children else None
-
-    def _listens(self) -> bool:
-        table = Path(f"/proc/{self._process.pid}/net/tcp")
-        rows = [line.split() for line in table.read_text().splitlines()[1:]] if table.exists() else []
-        return any(row[1].endswith(":0016") and row[3] == "0A" for row in rows)  # port 22, listening
 
 
 class Lan:
@@ -210,50 +206,63 @@ class Lan:
             self._switch.wait()
 
     def add(self, name: str, number: int, *, has_key: bool = False, login: Sequence[str] = ()) -> Host:
-        """Start the host with address 10.77.0.`number`; `login` are lines for its ~/.bashrc."""
-        address = f"{NETWORK}.{number}"
-        folder = self._folder / name
-        self._furnish(folder, name, address, has_key, login)
-        boot = ["bash", "-c", _BOOT, "boot", name, str(folder.resolve()), HOME, SHARED_MEMORY, *self._visible]
-        with (folder / "sshd.log").open("wb") as log:
+        """Start a new host with address 10.77.0.`number`; `login` are lines for its ~/.bashrc."""
+        host = Host(name, f"{NETWORK}.{number}", self._folder / name)
+        self._hosts.append(host)
+        self._furnish(host, has_key, login)
+        self.power_on(host)
+        return host
+
+    def power_on(self, host: Host, limit_s: float = 60.0) -> None:
+        """Start a host that is off, with the files it has, and wait for its SSH server.
+
+        Raises AssertionError with what the host said where it does not come up.
+        """
+        log_path = host.folder / "sshd.log"
+        boot = ["boot", host.name, str(host.folder.resolve()), HOME, SHARED_MEMORY, *self._visible]
+        namespaces = ["--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
+        with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [*_DIES_WITH_US, "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", *boot],
+                [*_DIES_WITH_US, *namespaces, "bash", "-c", _BOOT, *boot],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        host = Host(name, address, folder, process)
-        self._hosts.append(host)
-        self._plug_in(host, process, number)
-        host.wait_until_up()
-        return host
+        host.process = process
+        self._plug_in(host.address, process)
+        deadline = time.monotonic() + limit_s
+        while not host.listens(22):
+            said = log_path.read_text(errors="replace")
+            assert process.poll() is None, f"host {host.name} ended while it started: {said}"
+            assert time.monotonic() < deadline, f"host {host.name} has no SSH server after {limit_s:.0f} s: {said}"
+            time.sleep(0.05)
 
-    def _furnish(self, folder: Path, name: str, address: str, has_key: bool, login: Sequence[str]) -> None:
-        home = folder / "home"
-        (home / ".ssh").mkdir(parents=True, mode=0o700)
-        home.chmod(0o700)
-        (folder / "tmp").mkdir()
-        (folder / "tmp").chmod(0o1777)
-        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n")
-        (folder / "resolv.conf").touch()  # names that are asked for are refused at once, not after a time
-        shutil.copy(self._folder / "host_key", home / ".hostkey")
-        shutil.copy(self._folder / "user_key.pub", home / ".ssh/authorized_keys")
+    def _furnish(self, host: Host, has_key: bool, login: Sequence[str]) -> None:
+        (host.home / ".ssh").mkdir(parents=True, mode=0o700)
+        host.home.chmod(0o700)
+        (host.folder / "tmp").mkdir()
+        (host.folder / "tmp").chmod(0o1777)
+        (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n{host.address} {host.name}\n")
+        (host.folder / "resolv.conf").touch()  # names that are asked for are refused at once, not after a time
+        shutil.copy(self._folder / "host_key", host.home / ".hostkey")
+        shutil.copy(self._folder / "user_key.pub", host.home / ".ssh/authorized_keys")
         if has_key:
-            shutil.copy(self._folder / "user_key", home / ".ssh/id_ed25519")
-            shutil.copy(self._folder / "user_key.pub", home / ".ssh/id_ed25519.pub")
-        (home / ".sshd_config").write_text(_SSHD.format(home=HOME))
-        (home / ".bashrc").write_text("\n".join([f"export PATH={sys.prefix}/bin:$PATH", *login, ""]))
+            shutil.copy(self._folder / "user_key", host.home / ".ssh/id_ed25519")
+            shutil.copy(self._folder / "user_key.pub", host.home / ".ssh/id_ed25519.pub")
+        (host.home / ".sshd_config").write_text(_SSHD.format(home=HOME))
+        (host.home / ".bashrc").write_text("\n".join([f"export PATH={sys.prefix}/bin:$PATH", *login, ""]))
 
-    def _plug_in(self, host: Host, process: subprocess.Popen[bytes], number: int) -> None:
+    def _plug_in(self, address: str, process: subprocess.Popen[bytes]) -> None:
         assert self._switch is not None
         _wait_for_network(process)
-        port = f"port{number}"
-        link = ["ip", "link", "add", "name", "eth0", "netns", str(process.pid), "type", "veth"]
+        port = f"port{process.pid}"  # that of a host which was here before may still be on its way out
+        card = f"02:00:00:00:00:{int(address.rsplit('.', 1)[1]):02x}"  # the same again: the others remember it
+        link = ["ip", "link", "add", "name", "eth0", "address", card, "netns", str(process.pid), "type", "veth"]
         _call(*link, "peer", "name", port, "netns", str(self._switch.pid))
         self._at_switch("ip", "link", "set", port, "master", "bridge0", "up")
         for line in (
-            f"addr add {host.address}/24 dev eth0", "link set eth0 up", "link set lo up",
+            f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up",
             f"route add default via {NETWORK}.254",  # Ray asks the default route for the host's own address
         ):  # fmt: skip
             _call("nsenter", f"--net=/proc/{process.pid}/ns/net", "ip", *line.split())

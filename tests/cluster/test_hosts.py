@@ -48,6 +48,8 @@ def test_power_cut_ends_every_process_of_the_host(tmp_path: Path) -> None:
         wait_for(lambda: not any(process.is_running() for process in sleeping), "the end of the process", 10)
         assert one.processes() == []
         assert laptop.run(f"{SSH} {one.address} true", timeout_s=30, check=False).returncode != 0
+        lan.power_on(one)
+        laptop.run(f"{SSH} {one.address} true", timeout_s=30)
 
 
 def test_hosts_die_with_the_tests(tmp_path: Path) -> None:
