@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -12,6 +13,7 @@ from typing import NoReturn
 from nuciseg.errors import NucisegError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+UNHEARD = 141  # 128 + SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +49,15 @@ def run_verb(main: Callable[[], None]) -> NoReturn:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
+        sys.exit(UNHEARD)
     except NucisegError as error:
         print(f"nuciseg: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -55,3 +65,10 @@ def run_verb(main: Callable[[], None]) -> NoReturn:
         print("nuciseg: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(0)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads our output has ended, as `head` does when it has its lines."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

@@ -109,7 +109,10 @@ def predict(
     from nuciseg.engine.files import LEAST_DIAMETER_PX
     from nuciseg.engine.prediction import loaded_predictor, refuse_unusable
 
-    image_HW = np.asarray(image_HW)
+    try:
+        image_HW = np.asarray(image_HW)
+    except ValueError:
+        raise DataError("rows of an image must all be of one length; give one grey plane of numbers") from None
     refuse_unusable(image_HW)
     if diameter_px is not None and not LEAST_DIAMETER_PX <= diameter_px < math.inf:
         raise ConfigError(f"diameter_px {diameter_px:g} is no size; give the width of a nucleus in pixels, such as 30")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +48,22 @@ def test_success_exits_with_0() -> None:
     with pytest.raises(SystemExit) as exit_:
         run_verb(lambda: None)
     assert exit_.value.code == 0
+
+
+def test_a_reader_that_has_seen_enough_ends_the_verb_quietly() -> None:
+    code = "from nuciseg.cli import run_verb; run_verb(lambda: [print(line) for line in range(100_000)])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as verb:
+        assert verb.stdout is not None
+        assert verb.stderr is not None
+        verb.stdout.readline()
+        verb.stdout.close()
+        assert verb.stderr.read() == b""
+    assert verb.returncode == 141
+
+
+def test_another_broken_pipe_is_a_mistake_of_ours() -> None:
+    with pytest.raises(BrokenPipeError):
+        run_verb(raising(BrokenPipeError()))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,11 @@ def test_what_is_no_grey_image_is_refused(image: object) -> None:
         nuciseg.predict(image)
 
 
+def test_ragged_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="rows of an image must all be of one length"):
+        nuciseg.predict([[1, 2, 3], [4, 5]])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_pixels_that_are_no_numbers_are_refused(value: float) -> None:
     image_HW = np.ones((5, 5), np.float32)
