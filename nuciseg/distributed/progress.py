@@ -18,6 +18,7 @@ from rich.table import Table
 from nuciseg.config import Config
 from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.trials import describe
+from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.tracking import METRICS_FILE, read_metrics
 
 POLL_S = 0.5
@@ -95,8 +96,11 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
 
 @contextmanager
 def followed(run_dir: Path, epochs: int, metric: str) -> Iterator[None]:
-    """Print a line for each epoch that is added to the run's metrics while the block runs."""
+    """Print a line for each epoch that is added to the run's metrics while the block runs; first what is damaged."""
     path = run_dir / METRICS_FILE
+    store = CheckpointStore(run_dir)
+    for damaged in store.damaged:
+        print(f"{damaged} is truncated: the run goes on from {store.last}", flush=True)
     already = {row["epoch"] for row in read_metrics(path)}
     done = threading.Event()
 

@@ -8,8 +8,8 @@
     └── epoch-0009/
 
 A folder gets its name by a rename after all its files are on the disk, so a killed writer leaves nothing that could
-be taken for a checkpoint. Best and last are kept, everything older goes: with the one being written there are never
-more than three.
+be taken for a checkpoint. The best, the last and the one before it are kept: should a disk lose a part of the last one
+after all, the run goes on from the one before. That one makes room for the next, so there are never more than three.
 """
 
 from __future__ import annotations
@@ -188,14 +188,13 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
         progress = checkpoint.progress
-        path = self._path(progress.epoch)
+        path, best = self._path(progress.epoch), self._path(progress.best_epoch)
         for abandoned in self.folder.glob(".epoch-*"):  # by a killed writer; first, or there were four folders
             shutil.rmtree(abandoned, ignore_errors=True)
+        before = self.last
+        self._drop_all_but(before, self.best)
         save_checkpoint(checkpoint, path)
-        keep = {path.name, self._path(progress.best_epoch).name}
-        for other in self.folder.glob("epoch-*"):
-            if other.name not in keep:
-                shutil.rmtree(other, ignore_errors=True)
+        self._drop_all_but(path, best, before)
         return path
 
     def adopt(self, folder: Path) -> None:
@@ -224,9 +223,15 @@ class CheckpointStore:
 
     @property
     def last(self) -> Path | None:
-        """The newest checkpoint, or None before the first."""
-        folders = sorted(self.folder.glob("epoch-*"))
-        return folders[-1] if folders else None
+        """The newest whole checkpoint, or None before the first. Where none is whole the newest: loading it says why."""
+        newest_first = sorted(self.folder.glob("epoch-*"), reverse=True)
+        return next(filter(_is_whole, newest_first), newest_first[0] if newest_first else None)
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Checkpoints newer than the last whole one."""
+        last = self.last
+        return [folder for folder in sorted(self.folder.glob("epoch-*")) if last is not None and folder > last]
 
     @property
     def best(self) -> Path | None:
@@ -242,6 +247,11 @@ class CheckpointStore:
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}"
+
+    def _drop_all_but(self, *kept: Path | None) -> None:
+        for folder in self.folder.glob("epoch-*"):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -280,6 +290,15 @@ def write_json(value: Any, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ResourceError(_why_not_written(error, path)) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there in full length. (What a disk changed within them, loading finds out.)"""
+    try:
+        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in metadata["file_bytes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _progress_in(folder: Path) -> dict[str, Any]:

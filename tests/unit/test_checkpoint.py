@@ -19,6 +19,9 @@ import torch
 from nuciseg.config import Config
 from nuciseg.engine import checkpoint as module
 from nuciseg.engine.checkpoint import (
+    METADATA_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
     Checkpoint,
     CheckpointStore,
     Progress,
@@ -161,7 +164,7 @@ def test_a_checkpoint_trained_in_fp16_predicts_on_a_cpu(tiny_checkpoint: Path, t
     assert network.precision.dtype is not torch.float16
 
 
-def test_best_and_last_are_kept_and_never_more_than_three_folders(
+def test_best_last_and_the_one_before_are_kept_and_never_more_than_three_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path)
@@ -182,9 +185,28 @@ def test_best_and_last_are_kept_and_never_more_than_three_folders(
         path = store.save(make_checkpoint(epoch, best))
         assert path == store.last == store.folder / f"epoch-{epoch:04d}"
         assert store.best == store.folder / f"epoch-{best:04d}"
-        assert {each.name for each in store.folder.iterdir()} == {f"epoch-{each:04d}" for each in (best, epoch)}
+        kept = {f"epoch-{each:04d}" for each in (best, epoch, epoch - 1) if each > 0}
+        assert {each.name for each in store.folder.iterdir()} == kept
         assert load_checkpoint(store.folder / f"epoch-{best:04d}").progress.epoch == best
     assert most == 3
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, TRAINING_FILE, METADATA_FILE])
+def test_a_truncated_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str) -> None:
+    store = CheckpointStore(tmp_path)
+    for epoch in (1, 2, 3):
+        store.save(make_checkpoint(epoch, best_epoch=1))
+    assert store.damaged == []
+    last = store.last
+    assert last is not None
+    with (last / name).open("r+b") as file:
+        file.truncate(20)
+    assert store.damaged == [last]
+    assert store.last == store.folder / "epoch-0002"
+    assert store.best == store.folder / "epoch-0001"
+    store.save(make_checkpoint(3, best_epoch=1))
+    assert store.damaged == []
+    assert_same(load_checkpoint(store.folder / "epoch-0003", training=True), make_checkpoint(3, best_epoch=1))
 
 
 def test_the_bound_on_the_disk_holds(tmp_path: Path) -> None:
@@ -222,7 +244,8 @@ def test_killed_while_writing_leaves_the_last_whole_one(tmp_path: Path, moment: 
     assert find_checkpoint(tmp_path) == store.last
     assert_same(load_checkpoint(store.last, training=True), first)
     store.save(make_checkpoint(2, best_epoch=2))
-    assert [path.name for path in store.folder.iterdir()] == ["epoch-0002"], "what the dead writer left is gone"
+    names = {path.name for path in store.folder.iterdir()}
+    assert names == {"epoch-0001", "epoch-0002"}, "what the dead writer left is gone"
 
 
 def save_and_expect_no_space(store: CheckpointStore) -> None:
