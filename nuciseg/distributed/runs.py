@@ -114,17 +114,33 @@ def train_identity(config: Config, run_dir: Path, search: str | None = None) -> 
     )
 
 
+def trial_disk_bytes(config: Config) -> int:
+    """What the checkpoints of one trial take at most; those of a run without a search are as many."""
+    run_bytes = _run_disk_bytes(config)
+    if config.search.space and config.search.scheduler == "pbt":
+        run_bytes += HANDED_OVER * run_bytes // MAX_FOLDERS
+    return run_bytes
+
+
+def disk_need(config: Config) -> int:
+    """What all checkpoints of the run or search take at most, bytes."""
+    if not config.search.space:
+        return _run_disk_bytes(config)
+    return num_trials(config) * trial_disk_bytes(config) + config.search.final * _run_disk_bytes(config)
+
+
 def describe_disk_need(config: Config, folder: Path) -> str:
     """One line: what the checkpoints of the run or search in `folder` take at most, and what is free there."""
-    run_mb = disk_need_bytes(max(map(count_parameters, variants(config, "model")))) / 1e6
     num_runs = num_trials(config) + config.search.final if config.search.space else 1
     runs = "" if num_runs == 1 else f"{num_runs} runs, each "
-    need_mb, handed_over = num_runs * run_mb, ""
-    if config.search.space and config.search.scheduler == "pbt":
-        need_mb += num_trials(config) * HANDED_OVER * run_mb / MAX_FOLDERS
-        handed_over = f", and {HANDED_OVER} a trial to hand over"
+    is_population = bool(config.search.space) and config.search.scheduler == "pbt"
+    handed_over = f", and {HANDED_OVER} a trial to hand over" if is_population else ""
     free_mb = shutil.disk_usage(folder).free / 1e6
     return (
-        f"disk: at most {need_mb:.0f} MB of checkpoints ({runs}best, last, the next one{handed_over}), "
+        f"disk: at most {disk_need(config) / 1e6:.0f} MB of checkpoints ({runs}best, last, one more{handed_over}), "
         f"{free_mb:.0f} MB free"
     )
+
+
+def _run_disk_bytes(config: Config) -> int:
+    return disk_need_bytes(max(map(count_parameters, variants(config, "model"))))
