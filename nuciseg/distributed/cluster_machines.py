@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from nuciseg.distributed.machines import MACHINES
@@ -32,6 +33,7 @@ def check_aws_node_types(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
+@lru_cache
 def _launch_settings() -> frozenset[str]:
     """What a node_config may hold: what AWS takes to start a machine, and Ray's SubnetIds."""
     if importlib.util.find_spec("boto3") is None:
