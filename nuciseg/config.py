@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
+from nuciseg.buckets import Location, MountedFolder, is_bucket
 from nuciseg.data.augment import AugmentConfig
 from nuciseg.data.dataset import NormalizationConfig
 from nuciseg.data.formats import FormatName
@@ -47,7 +48,7 @@ class DataConfig(Section):
     """What is read, how it is split and cut."""
 
     format: FormatName = Field("auto", description="layout; auto: detected, synthetic without a root")
-    root: Path | None = Field(None, description="folder of the data; none: clusters are drawn")
+    root: Location | None = Field(None, description="folder of the data, s3:// and gs:// too; none: clusters are drawn")
     cache_dir: Path | None = Field(None, description="decoded images; none: the user's cache folder")
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the training images held out")
     split_seed: int = Field(0, ge=0, description="seed of the split into training and validation")
@@ -120,7 +121,9 @@ class RunConfig(Section):
     """Where a run keeps what it makes."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder; none: verb and time")
-    storage_path: Path = Field(Path("runs"), description="folder of all runs; on a cluster one that all nodes share")
+    storage_path: MountedFolder = Field(
+        Path("runs"), description="folder of all runs; on a cluster one that all nodes share"
+    )
     group: str | None = Field(None, description="W&B group; none: the name of the run or search")
     max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
 
@@ -359,7 +362,8 @@ def _with_whole_paths(config: Config) -> Config:
     if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
         keys.append("model.pretrained")
     paths = {key: config.value(key) for key in keys}
-    return config.replaced({key: str(Path(path).resolve()) for key, path in paths.items() if path is not None})
+    here = {key: path for key, path in paths.items() if path is not None and not is_bucket(path)}
+    return config.replaced({key: str(Path(path).resolve()) for key, path in here.items()})
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

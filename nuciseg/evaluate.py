@@ -145,7 +145,7 @@ def _figures(scores: Scores) -> dict[str, str]:
 def _with_flags(config: Config, args: argparse.Namespace) -> Config:
     """The checkpoint's configuration with the flags that were given. Another folder may have another layout."""
     flags = {
-        "data.root": args.data_root and str(args.data_root),
+        "data.root": args.data_root,
         "data.format": args.data_format or ("auto" if args.data_root else None),
         "data.cache_dir": args.data_cache_dir and str(args.data_cache_dir),
         "tracking.kind": args.tracking_kind,
@@ -173,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         "nuciseg evaluation-NAME-SPLIT in the current one)",
     )  # fmt: skip
     add(
-        "--data.root", dest="data_root", type=Path, metavar="DIR",
-        help="folder of the data (path, default: what the checkpoint was trained on; weights that come with nuciseg "
-        "have no default)",
+        "--data.root", dest="data_root", metavar="DIR",
+        help="folder of the data, s3:// and gs:// too (path, default: what the checkpoint was trained on; weights that "
+        "come with nuciseg have no default)",
     )  # fmt: skip
     add(
         "--data.format", dest="data_format", metavar="NAME",

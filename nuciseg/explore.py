@@ -88,7 +88,7 @@ def summary(findings: Findings, out: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("explore", DESCRIPTION, usage="%(prog)s DATA [--out FILE] [--json FILE] [--data.format NAME]")
     add = parser.add_argument
-    add("data", type=Path, nargs="?", metavar="DATA", help="folder of the data set (path, required)")
+    add("data", nargs="?", metavar="DATA", help="folder of the data set, s3:// and gs:// too (path, required)")
     add(
         "--out", type=Path, default=Path("explore.html"), metavar="FILE",
         help="page to write (path, default: explore.html)",

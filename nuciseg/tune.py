@@ -199,6 +199,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
         for trial in failed:
             print(f"  {trial.id}: {trial.failure}")
 
+    from nuciseg.distributed.storage import check_storage
 
 def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, final: bool, verbose: bool) -> None:
     import yaml
@@ -212,6 +213,7 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     from nuciseg.tracking import describe_run
 
     best = winner(trials, config)
+    check_storage(config)
     if best is None:
         raise TrainingError(f"every trial failed; the reasons stand above and in {folder}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()

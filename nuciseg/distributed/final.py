@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
+from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats.folders import own_folder
 from nuciseg.distributed.progress import followed
 from nuciseg.distributed.runs import train_identity
@@ -57,4 +58,4 @@ def _has_test_images(config: DataConfig) -> bool:
         return False
     if format_of(config) == "synthetic":
         return config.synthetic.num_test > 0
-    return config.root is not None and own_folder(config.root, "test") is not None
+    return config.root is not None and own_folder(local_folder(config.root, config.cache_dir), "test") is not None

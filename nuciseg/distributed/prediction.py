@@ -80,10 +80,15 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
     import ray
 
     from nuciseg.distributed.cluster import Need, connect, require_room
+    from nuciseg.distributed.storage import require_everywhere, require_shared
 
     connect(verbose=False)
     need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
     require_room(num_workers, need, "--workers", "give fewer, or add nodes")
+    require_shared(request.out, "--out")
+    # Of each folder one file: enough to tell whether a node sees it.
+    folders = {str(path.absolute().parent): path for path in paths}
+    require_everywhere({"--checkpoint": checkpoint, **{f"INPUT in {name}": path for name, path in folders.items()}})
     # An actor that cannot start is started for ever.
     Predictor.load(checkpoint, torch.device("cpu"))
     context = ray.data.DataContext.get_current()

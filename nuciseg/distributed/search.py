@@ -35,6 +35,7 @@ from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_js
 from nuciseg.engine.datasets import check_data
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
+from nuciseg.distributed.storage import require_shared
 from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
@@ -104,6 +105,7 @@ def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]
         trainable=_trainable(plan),
         param_space=_search_space(config),
         resume_unfinished=True,
+    require_shared(folder)
         restart_errored=True,
     )
     return _fit(tuner, plan)

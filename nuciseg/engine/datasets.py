@@ -12,6 +12,7 @@ from nuciseg.config import Config, DataConfig
 from nuciseg.data.augment import Augmenter
 from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData, repeated_by_area
+from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
 from nuciseg.data.splits import Split, fold_records, listed_records, split_records
 from nuciseg.engine.network import stride_of
@@ -49,6 +50,15 @@ def open_samples(config: DataConfig, split: str) -> CachedSamples:
     They are decoded once per node: the cache is shared by its workers and by all runs. Raises DataError.
     """
     return _open(config, split)[1]
+
+
+def check_first_image(config: DataConfig) -> list[Record]:
+    """The records of the training images, of which the first was decoded. Raises DataError, ResourceError."""
+    _, records, load = _read(config, "train")
+    if not records:
+        raise DataError("There are no images to open; check data.root and the split.")
+    load(records[0])
+    return records
 
 
 def open_split_samples(config: DataConfig) -> tuple[CachedSamples, Split]:
@@ -127,11 +137,18 @@ def format_of(config: DataConfig) -> str:
         return "synthetic"
     if config.root is None:
         raise DataError(f"data.format is {config.format!r} but data.root is not set; give the folder with --data.root")
-    return (detect_format(config.root) if config.format == "auto" else get_format(config.format)).NAME
+    if config.format != "auto":
+        return get_format(config.format).NAME
+    return detect_format(local_folder(config.root, config.cache_dir)).NAME
 
 
 def _open(config: DataConfig, split: str) -> tuple[list[Record], CachedSamples]:
-    load: Callable[[Record], Sample]
+    name, records, load = _read(config, split)
+    return records, open_cache(records, load, format_name=name, cache_dir=config.cache_dir)
+
+
+def _read(config: DataConfig, split: str) -> tuple[str, list[Record], Callable[[Record], Sample]]:
+    """The layout's name, the records of `split`, and what decodes one."""
     name = format_of(config)
     if config.pool_test and split == "test":
         raise DataError(
@@ -140,11 +157,9 @@ def _open(config: DataConfig, split: str) -> tuple[list[Record], CachedSamples]:
         )
     parts = ("train", "test") if config.pool_test else (split,)
     if name == "synthetic":
-        load = partial(synthetic.load, config=config.synthetic)
         records = [record for part in parts for record in synthetic.read(config.synthetic, part)]
-    else:
-        assert config.root is not None  # else the format is synthetic
-        layout = get_format(name)
-        load = layout.load
-        records = [record for part in parts for record in layout.read(config.root, part)]
-    return records, open_cache(records, load, format_name=name, cache_dir=config.cache_dir)
+        return name, records, partial(synthetic.load, config=config.synthetic)
+    assert config.root is not None  # else the format is synthetic
+    layout = get_format(name)
+    root = local_folder(config.root, config.cache_dir)
+    return name, [record for part in parts for record in layout.read(root, part)], layout.load

@@ -31,6 +31,7 @@ from nuciseg import __version__
 from nuciseg.baselines import BASELINES
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples
+from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats import CLUSTER_FORMATS
 from nuciseg.data.formats.folders import own_folder
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint
@@ -181,7 +182,7 @@ def _was_trained_on(samples: CachedSamples, data: DataConfig, loaded: Checkpoint
     try:
         return open_samples(trained, "train").path.name == samples.path.name  # the name is a hash of the contents
     except DataError:  # they are not there any more, or weights came without; the hash of their names is left
-        if own_folder(data.root, "test") is not None or len(set(samples.groups)) < 2:
+        if own_folder(local_folder(data.root, data.cache_dir), "test") is not None or len(set(samples.groups)) < 2:
             return False
         records = [Record(id, None, (), group) for id, group in zip(samples.ids, samples.groups, strict=True)]
         try:

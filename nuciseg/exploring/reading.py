@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nuciseg.config import DataConfig
 from nuciseg.data.cache import CachedSamples, open_cache
+from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats import DataFormat, detect_format, get_format, synthetic
 from nuciseg.data.formats.folders import LeftOut, own_folder
 from nuciseg.errors import DataError
@@ -83,18 +84,19 @@ def open_data(config: DataConfig) -> DataSet:
     if config.format == "synthetic" or config.root is None:
         parts = [_drawn(config, split) for split in SPLITS]
         return DataSet(None, synthetic.NAME, tuple(parts), ())
-    layout = detect_format(config.root) if config.format == "auto" else get_format(config.format)
+    root = local_folder(config.root, config.cache_dir)
+    layout = detect_format(root) if config.format == "auto" else get_format(config.format)
     found, refusals = [], []
-    for split in _splits(config.root):
+    for split in _splits(root):
         try:
-            found.append(_open_part(layout, config.root, split, config.cache_dir))
+            found.append(_open_part(layout, root, split, config.cache_dir))
         except DataError as error:
             refusals.append((split, error))
     if not found:
         raise refusals[0][1]
     broken = [each for _, faults in found for each in faults]
     broken += [Broken(split, None, str(error)) for split, error in refusals]
-    return DataSet(config.root, layout.NAME, tuple(part for part, _ in found), tuple(broken))
+    return DataSet(root, layout.NAME, tuple(part for part, _ in found), tuple(broken))
 
 
 def _splits(root: Path) -> tuple[str, ...]:

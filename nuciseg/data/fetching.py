@@ -1,0 +1,163 @@
+"""Data sets in a bucket: fetched once per node, checked, and used as a local folder from then on.
+
+`cache_dir/fetched/KEY/` holds the files, `KEY.json` beside it what they were when they came. KEY is a hash of the
+address and of names, sizes and times of all objects, so that a changed data set is another entry and all nodes have the
+same one. An entry is made under a lock, in a temporary folder that is renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b, md5
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+
+from nuciseg.buckets import BucketFolder, StoredFile, explain
+from nuciseg.data.cache import default_cache_dir
+from nuciseg.errors import DataError, ResourceError
+
+NUM_THREADS = 16
+CHUNK_BYTES = 4 * 2**20
+DIGEST_BYTES = 16
+FETCHED = "fetched"
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A file as it was when it came: by size and time untouched since, by its digest surely the same."""
+
+    num_bytes: int
+    changed_ns: int
+    digest: str
+
+
+def local_folder(root: Path | str, cache_dir: Path | None = None) -> Path:
+    """`root` itself, or the copy on this node of a folder in a bucket, fetched now unless it is there.
+
+    Several processes that ask at the same time fetch once. `cache_dir` None means `default_cache_dir()`. Raises
+    ResourceError where the storage cannot be used or the cache cannot be written, DataError where there are no files.
+    """
+    if isinstance(root, Path):
+        return root
+    source = BucketFolder(root)
+    files = source.files()
+    if not files:
+        raise DataError(f"{root} holds no files; check data.root.")
+    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / FETCHED
+    entry = folder / _key(source.uri, files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{entry.name}.lock"):
+            if not _is_whole(entry):
+                _fetch(source, files, entry)
+    except OSError as error:
+        raise ResourceError(
+            f"The cache folder {folder} cannot be written ({error.strerror or error}); make room, or choose another "
+            "folder with data.cache_dir or the environment variable NUCISEG_CACHE."
+        ) from error
+    return entry
+
+
+def _key(uri: str, files: Sequence[StoredFile]) -> str:
+    described = json.dumps([uri, [[file.name, file.num_bytes, file.changed_ns] for file in files]])
+    return blake2b(described.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _index_path(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.json")
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether the entry has every file as it came. Files that look touched are read, the others not."""
+    if not entry.is_dir() or not _index_path(entry).is_file():
+        return False
+    index: dict[str, list[object]] = json.loads(_index_path(entry).read_bytes())
+    return all(_is_as_it_came(entry / name, _Fetched(*found)) for name, found in index.items())  # type: ignore[arg-type]
+
+
+def _is_as_it_came(path: Path, fetched: _Fetched) -> bool:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
+    if stat.st_size != fetched.num_bytes:
+        return False
+    return stat.st_mtime_ns == fetched.changed_ns or _digest(path) == fetched.digest
+
+
+def _digest(path: Path) -> str:
+    return blake2b(path.read_bytes(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _fetch(source: BucketFolder, files: Sequence[StoredFile], entry: Path) -> None:
+    """Fetch all files into `entry`. The caller holds the entry's lock, so what lies there otherwise is dead."""
+    for leftover in (entry, *entry.parent.glob(f"{entry.name}.tmp-*")):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    _index_path(entry).unlink(missing_ok=True)
+    temporary = entry.with_name(f"{entry.name}.tmp-{uuid4().hex[:8]}")
+    _refuse_without_room(files, entry.parent)
+    try:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            fetched = list(pool.map(lambda file: _fetch_file(source, file, temporary / file.name), files))
+        _write_index(entry, {file.name: found for file, found in zip(files, fetched, strict=True)})
+        os.replace(temporary, entry)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_index(entry: Path, fetched: Mapping[str, _Fetched]) -> None:
+    temporary = _index_path(entry).with_suffix(".tmp")
+    rows = {name: [found.num_bytes, found.changed_ns, found.digest] for name, found in fetched.items()}
+    temporary.write_text(json.dumps(rows), encoding="utf-8")
+    os.replace(temporary, _index_path(entry))
+
+
+def _refuse_without_room(files: Sequence[StoredFile], folder: Path) -> None:
+    need, free = sum(file.num_bytes for file in files), shutil.disk_usage(folder).free
+    if need > free:
+        raise ResourceError(
+            f"the data takes {need / 1e6:.0f} MB and {folder} has {free / 1e6:.0f} MB free; make room, or choose "
+            "another folder with data.cache_dir or the environment variable NUCISEG_CACHE"
+        )
+
+
+def _fetch_file(source: BucketFolder, file: StoredFile, path: Path) -> _Fetched:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, etag, of_etag = _copy(source, file.name, path)
+    if path.stat().st_size != file.num_bytes:
+        raise ResourceError(
+            f"{source.uri}/{file.name} came with {path.stat().st_size} of {file.num_bytes} bytes; try again once "
+            "nobody writes there"
+        )
+    # An ETag of 32 digits is the MD5, unless the storage encrypts with keys of its own. Then a second copy decides.
+    if len(etag) == len(of_etag) and etag != of_etag and _copy(source, file.name, path)[0] != digest:
+        raise ResourceError(f"{source.uri}/{file.name} comes damaged, each time otherwise; check the network")
+    return _Fetched(file.num_bytes, path.stat().st_mtime_ns, digest)
+
+
+def _copy(source: BucketFolder, name: str, path: Path) -> tuple[str, str, str]:
+    """Write the object to `path`: BLAKE2b of what came, the storage's ETag, MD5 of what came."""
+    own, of_etag = blake2b(digest_size=DIGEST_BYTES), md5(usedforsecurity=False)
+    with source.open_input(name) as stream, path.open("wb") as file:
+        etag = stream.metadata().get(b"ETag", b"").decode().strip('"')
+        while chunk := _read(stream, f"{source.uri}/{name}"):
+            own.update(chunk)
+            of_etag.update(chunk)
+            file.write(chunk)
+    return own.hexdigest(), etag, of_etag.hexdigest()
+
+
+def _read(stream: object, uri: str) -> bytes:
+    try:
+        chunk: bytes = stream.read(CHUNK_BYTES)  # type: ignore[attr-defined]
+    except OSError as error:
+        raise ResourceError(f"{uri}: {explain(error)}") from error
+    return chunk

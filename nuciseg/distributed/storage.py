@@ -1,0 +1,99 @@
+"""Whether all nodes of the cluster see the same files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from uuid import uuid4
+
+import ray
+
+from nuciseg.config import Config
+from nuciseg.distributed.nodes import Result, alive_nodes, on_every_node
+from nuciseg.errors import ResourceError, writing
+from nuciseg.models import TimmConfig
+
+
+def check_storage(config: Config) -> None:
+    """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
+    require_shared(config.run.storage_path)
+    model = config.model
+    files = {
+        "data.root": config.data.root,
+        "data.validation_list": config.data.validation_list,
+        "model.pretrained": model.weights_file if isinstance(model, TimmConfig) else None,
+    }
+    require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
+
+
+def require_shared(folder: Path, setting: str = "run.storage_path") -> None:
+    """Write a file into `folder` here, read it on every node and write one there; the folder is made where it lacks.
+
+    Does nothing without Ray or on one node. Raises ResourceError, which names `setting`, where a node sees another
+    folder or may not write; a folder that was made for the probe is gone then.
+    """
+    if not _several_nodes():
+        return
+    folder = folder.resolve()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    token = uuid4().hex
+    probe = folder / f".probe-{token}"
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text(token, encoding="ascii")
+        answers = on_every_node(_what_is_wrong, probe, token)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    try:
+        cure = f"set {setting} to a folder that all nodes share, such as an NFS or EFS mount"
+        _refuse(f"{setting} is {folder}", answers, cure)
+    except ResourceError:
+        for each in made:
+            with contextlib.suppress(OSError):  # somebody else has begun to use it
+                each.rmdir()
+        raise
+
+
+def require_everywhere(paths: Mapping[str, Path]) -> None:
+    """Raise ResourceError for the first of `paths`, by the setting that names it, that a node of several lacks."""
+    if not _several_nodes():
+        return
+    for setting, path in paths.items():
+        path = path.resolve()
+        cure = "put it on storage that all nodes share, or on every node by file_mounts in the cluster file"
+        _refuse(f"{setting} is {path}", on_every_node(_what_is_missing, path), cure)
+
+
+def _several_nodes() -> bool:
+    return ray.is_initialized() and len(alive_nodes()) > 1
+
+
+def _what_is_wrong(probe: Path, token: str) -> str | None:
+    """On a node: why it and the writer of the probe do not work in the same folder; None where they do."""
+    try:
+        if probe.read_text(encoding="ascii") != token:
+            return "reads something else there"
+    except OSError:
+        return "does not see what is written there"
+    own = probe.with_name(f"{probe.name}-{uuid4().hex}")
+    try:
+        own.touch()
+        own.unlink()
+    except OSError as error:
+        return f"cannot write there ({error.strerror})"
+    return None
+
+
+def _what_is_missing(path: Path) -> str | None:
+    return None if path.exists() else "has no such path"
+
+
+def _refuse(what: str, answers: Mapping[str, Result[str | None]], cure: str) -> None:
+    reasons = {name: answer.failure or answer.value for name, answer in answers.items()}
+    wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason is not None]
+    if wrong:
+        more = f" (and {len(wrong) - 1} of {len(answers)} nodes more)" if len(wrong) > 1 else ""
+        raise ResourceError(f"{what}, but node {wrong[0]}{more}; {cure}")
