@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 import torch
+from ray.exceptions import AuthenticationError
 
 from nuciseg.config import ScaleConfig
+from nuciseg.distributed.growth import Resources, nodes_within_reach
 from nuciseg.errors import ResourceError
 
 GPU_TRIAL_CPUS = 4  # feeds one GPU; fewer where the node has fewer
@@ -30,6 +33,7 @@ def connect(verbose: bool, **limits: int) -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` names, else start Ray on this machine.
 
     `limits` (num_cpus, num_gpus, object_store_memory) are those of `ray.init` for a Ray that is started here.
+    Raises ResourceError for a cluster that does not answer, refuses this process, or runs other versions.
     """
     quieten(verbose)
     if ray.is_initialized():
@@ -58,6 +62,26 @@ def connect(verbose: bool, **limits: int) -> None:
             f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')!r} ({error}); start it with `ray start`, "
             "or unset RAY_ADDRESS to use this machine"
         ) from None
+    except AuthenticationError:
+        raise ResourceError(
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS')!r} lets nobody in without its token, which is missing "
+            "or another one here; copy ~/.ray/auth_token from the machine that started the cluster, and set "
+            "RAY_AUTH_MODE=token"
+        ) from None
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ResourceError(_describe_versions(str(error))) from None
+
+
+def _describe_versions(of_ray: str) -> str:
+    """One sentence from what Ray says of a cluster with other versions than this process: its own takes six lines."""
+    rays, pythons = (re.findall(rf"{name}: (\S+)", of_ray) for name in ("Ray", "Python"))
+    cluster, here = (f"Ray {ray} with Python {python}" for ray, python in zip(rays, pythons, strict=True))
+    return (
+        f"the cluster runs {cluster}, this process {here}; both must be equal: start it in the cluster's image or "
+        f"environment, as `ray job submit` does, or install ray=={rays[0]} and Python {pythons[0]} here"
+    )
 
 
 @contextmanager
@@ -95,26 +119,34 @@ def quieten(verbose: bool) -> None:
 
 def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:
     """CPUs and GPUs of one worker on the connected cluster; raises ResourceError where a GPU is wanted in vain."""
-    total = ray.cluster_resources()
-    cluster_gpus = int(total.get("GPU", 0))
+    cluster_gpus = gpus_within_reach()
     if scale.use_gpu and not cluster_gpus:
-        raise ResourceError("scale.use_gpu is true but the cluster has no GPU; set it to false, or add a GPU node")
+        raise ResourceError(
+            "scale.use_gpu is true but the cluster has no GPU and may not grow to one; set it to false, or add a GPU "
+            "node, or a node type with GPUs to the cluster file"
+        )
     gpus = 1 if scale.use_gpu or (scale.use_gpu is None and cluster_gpus) else 0
     if scale.cpus_per_worker is not None:
         return Need(scale.cpus_per_worker, gpus)
     if for_trial and not gpus:
         return Need(1, 0)
-    return widest_need(cluster_gpus if for_trial else scale.num_workers, gpus, _nodes())
+    nodes = nodes_within_reach("GPU" if gpus else "CPU")
+    return widest_need(cluster_gpus if for_trial else scale.num_workers, gpus, nodes)
+
+
+def gpus_within_reach() -> int:
+    """The GPUs that the connected cluster has, or may grow to."""
+    return sum(int(node.get("GPU", 0)) for node in nodes_within_reach("GPU"))
 
 
 def has_gpu(scale: ScaleConfig) -> bool:
     """Whether the workers compute on GPUs, of this machine or of the cluster where one was joined."""
     if scale.use_gpu is False:
         return False
-    return torch.cuda.is_available() or (ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+    return torch.cuda.is_available() or (ray.is_initialized() and gpus_within_reach() > 0)
 
 
-def widest_need(num_workers: int, gpus: int, nodes: Sequence[Mapping[str, float]]) -> Need:
+def widest_need(num_workers: int, gpus: int, nodes: Sequence[Resources]) -> Need:
     """As many CPUs a worker as leave room for `num_workers`, or for as many as fit at all."""
     wanted = min(num_workers, worker_slots(Need(1, gpus), nodes))
     most = max((int(node.get("CPU", 0)) for node in nodes), default=1)
@@ -124,17 +156,13 @@ def widest_need(num_workers: int, gpus: int, nodes: Sequence[Mapping[str, float]
     return Need(max(1, cpus), gpus)
 
 
-def worker_slots(need: Need, nodes: Sequence[Mapping[str, float]]) -> int:
+def worker_slots(need: Need, nodes: Sequence[Resources]) -> int:
     """How many such workers fit on the nodes, given by their resources; each worker whole on one node."""
     slots = 0
     for node in nodes:
         fitting = int(node.get("CPU", 0)) // need.cpus
         slots += min(fitting, int(node.get("GPU", 0)) // need.gpus) if need.gpus else fitting
     return slots
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def require_room(
@@ -147,11 +175,13 @@ def require_room(
 
     `asked` is the setting that the number came from, `cure` what the user can do.
     """
-    slots = worker_slots(need, _nodes())
+    nodes = nodes_within_reach("GPU" if need.gpus else "CPU")
+    slots = worker_slots(need, nodes)
     if slots < num_workers:
-        total = ray.cluster_resources()
+        cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
+        grown = " at its largest" if len(nodes) > sum(node["Alive"] for node in ray.nodes()) else ""
         raise ResourceError(
-            f"{asked} is {num_workers} with {need.cpus} CPUs and {need.gpus} GPUs each, but the cluster "
-            f"(CPUs: {total.get('CPU', 0):g}, GPUs: {total.get('GPU', 0):g}) has room for {slots} such workers; {cure}"
+            f"{asked} is {num_workers} with {need.cpus} CPUs and {need.gpus} GPUs each, but the cluster{grown} "
+            f"(CPUs: {cpus:g}, GPUs: {gpus:g}) has room for {slots} such workers; {cure}"
         )
     return slots // num_workers

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nuciseg.errors import NucisegError
 
-ANSWER_TIMEOUT_S = 30.0  # a node starts a Python process for the question and imports what it needs
+ANSWER_TIMEOUT_S = 60.0  # a node starts a Python process for the question and imports torch, slowly where trials run
 
 T = TypeVar("T")
 
@@ -27,27 +27,32 @@ class Result(Generic[T]):
 
 
 def on_every_node(
-    function: Callable[..., T], *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S
+    function: Callable[..., T], *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S, in_own_process: bool = False
 ) -> dict[str, Result[T]]:
     """What `function(*arguments)` gives on each alive node, by the node's name; all are asked at the same time.
 
-    It waits behind no trial, because it asks for no CPU. Nothing that happens on a node is raised here: neither an
-    error of `function` nor a node that dies, stalls or lacks nuciseg. Ray must be connected.
+    It waits behind no trial, because it asks for no CPU. `in_own_process` is for a function that leaves something in
+    its process: that ends with the call, else Ray keeps it for what is asked next. Nothing that happens on a node is
+    raised here: neither an error of `function` nor a node that dies, stalls or lacks nuciseg. Ray must be connected.
     """
+    remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1 if in_own_process else 0)(function)
     asked = {
-        ray.remote(function)
-        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-        .remote(*arguments): name
+        remote.options(scheduling_strategy=on_node(node_id)).remote(*arguments): name
         for node_id, name in alive_nodes().items()
     }
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-    results = {asked[reference]: _answer(reference) for reference in answered}
+    results: dict[str, Result[T]] = {asked[reference]: _answer(reference) for reference in answered}
     for reference in silent:
         ray.cancel(reference, force=True)
         results[asked[reference]] = Result(
             failure=f"does not answer within {timeout_s:g} s; look whether the machine is overloaded or out of reach"
         )
     return {name: results[name] for name in asked.values()}
+
+
+def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """Where a task or actor has to run, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 def alive_nodes() -> dict[str, str]:

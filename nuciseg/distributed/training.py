@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from nuciseg.config import Config, ScaleConfig
-from nuciseg.distributed.cluster import Need, connect, quieten, require_room, worker_need
+from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room, worker_need
 from nuciseg.distributed.failures import note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
@@ -58,7 +58,7 @@ def _gpu_is_elsewhere(scale: ScaleConfig, verbose: bool) -> bool:
         return False
     if "RAY_ADDRESS" in os.environ:
         connect(verbose)
-    return bool(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0)
+    return ray.is_initialized() and gpus_within_reach() > 0
 
 
 def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
