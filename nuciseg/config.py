@@ -136,7 +136,10 @@ class SearchConfig(Section):
         description="dotted config key: {ray.tune sampler: arguments}; where given, the default's lines are dropped",
     )
     num_trials: int = Field(8, ge=1, description="trials; the grid sampler tries the whole grid instead")
-    max_hours: float | None = Field(None, gt=0, description="the search ends after this time; none: no limit")
+    max_hours: float | None = Field(
+        None, gt=0, description="hours after which no trial begins and those that run end; none: no limit"
+    )
+    max_disk_gb: float | None = Field(None, gt=0, description="GB that its folder may take; none: no limit")
     trial_epochs: int | None = Field(None, ge=1, description="epochs of a trial; none: train.epochs")
     sampler: Literal["random", "grid", "optuna"] = Field("optuna", description="how configurations are drawn")
     scheduler: Literal["asha", "pbt", "none"] = Field("asha", description="which trials go on")

@@ -5,12 +5,13 @@ NucisegError
 ├── DataError           a folder, image or solution that cannot be used
 ├── CheckpointError     not a checkpoint, truncated, or of another schema
 ├── ResourceError       more workers or GPUs than there are; no space, no permission
+├── LimitReachedError   a search ended at its bound of hours or disk; what it found is kept, and it can go on
 └── TrainingError       training cannot go on
     ├── NonFiniteLossError   the loss became NaN or infinite
     └── OutOfMemoryError     the batch does not fit
 
-A command prints the message as one sentence and leaves with exit code 2 (TrainingError: 1). Anything else is our
-own bug and keeps its traceback.
+A command prints the message as one sentence and leaves with exit code 2 (TrainingError: 1, LimitReachedError: 3).
+Anything else is our own bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class CheckpointError(NucisegError):
 
 class ResourceError(NucisegError):
     """The machine or cluster lacks what was asked for."""
+
+
+class LimitReachedError(NucisegError):
+    """A search ended at a bound that the user had set."""
+
+    exit_code = 3
 
 
 @contextlib.contextmanager

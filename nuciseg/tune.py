@@ -1,7 +1,8 @@
 """Search for the best network: `python -m nuciseg.tune [--config FILE ...] [--any.key value] [--resume DIR]`.
 
 With nothing else it draws synthetic clusters and searches a small U-Net on them. With several files, or a folder of
-them, it makes one search after the other; interrupted, it goes on with --resume.
+them, it makes one search after the other; interrupted, it goes on with --resume. A search that comes to --max-hours or
+--max-disk keeps and prints what it has found, leaves with exit code 3, and goes on with --resume and a higher bound.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, run_verb
-from nuciseg.errors import ConfigError
+from nuciseg.errors import ConfigError, LimitReachedError
 
 if TYPE_CHECKING:
     from pydantic_settings import CliSettingsSource
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = Parser("tune", __doc__ or "")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted search in this folder")
+    parser.add_argument("--max-hours", type=float, metavar="HOURS", help="search.max_hours; also with --resume")
+    parser.add_argument("--max-disk", type=float, metavar="GB", help="search.max_disk_gb; also with --resume")
     parser.add_argument("--no-final", action="store_true", help="do not train and evaluate the winner")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
     flags = add_config_flags(parser, several=True)
@@ -82,7 +85,14 @@ def config_files(paths: Sequence[Path]) -> list[Path]:
 def _read(flags: CliSettingsSource[Any], args: argparse.Namespace, file: Path | None) -> Config:
     from nuciseg.config import config_from_args
 
-    return config_from_args(flags, args, DEFAULT_SEARCH if file is None else {}, file=file)
+    return _bounded(config_from_args(flags, args, DEFAULT_SEARCH if file is None else {}, file=file), args)
+
+
+def _bounded(config: Config, args: argparse.Namespace) -> Config:
+    """With the bounds that the command line gives, if any."""
+    bounds = {"search.max_hours": args.max_hours, "search.max_disk_gb": args.max_disk}
+    given = {key: bound for key, bound in bounds.items() if bound is not None}
+    return config.replaced(given) if given else config
 
 
 def _search_each(files: Sequence[Path], flags: CliSettingsSource[Any], args: argparse.Namespace) -> None:
@@ -113,12 +123,24 @@ def _go_through(folder: Path, args: argparse.Namespace) -> None:
     from nuciseg.distributed.worker import CONFIG_FILE
 
     search_dirs = searches_in(folder)
+    ended: list[LimitReachedError] = []
     for number, search_dir in enumerate(search_dirs, start=1):
         print(f"\n{search_dir.name}, search {number} of {len(search_dirs)}", flush=True)
         resumed = (search_dir / CONFIG_FILE).exists()
         search_dir.mkdir(exist_ok=True)
-        _search(load_config(search_dir.with_name(f"{search_dir.name}.yaml")), search_dir, args, resumed=resumed)
+        # Its own has the bounds that an earlier resumption gave.
+        file = search_dir / CONFIG_FILE if resumed else search_dir.with_name(f"{search_dir.name}.yaml")
+        try:
+            _search(load_config(file), search_dir, args, resumed=resumed)
+        except LimitReachedError as error:  # its own bound: the others have theirs
+            print(error, flush=True)
+            ended.append(error)
     print(f"\nall {len(search_dirs)} searches: {folder}")
+    if ended:
+        raise LimitReachedError(
+            f"{len(ended)} of {len(search_dirs)} searches ended at a bound, as said above; go on with "
+            f"`python -m nuciseg.tune --resume {shlex.quote(str(folder))}` and higher bounds"
+        )
 
 
 def _resume(folder: Path, flags: Mapping[str, Any], args: argparse.Namespace) -> None:
@@ -134,15 +156,31 @@ def _resume(folder: Path, flags: Mapping[str, Any], args: argparse.Namespace) ->
 
 
 def _search(config: Config, folder: Path, args: argparse.Namespace, *, resumed: bool = False) -> None:
-    """One search from its first trial to its winner."""
+    """One search from its first trial to its winner. Raises LimitReachedError where it came to a bound before."""
+    from nuciseg.config import write_config
+    from nuciseg.distributed.limits import SearchEndedError, refuse_late_winner
     from nuciseg.distributed.runs import describe_disk_need
     from nuciseg.distributed.search import resume_search, start_search
+    from nuciseg.distributed.worker import CONFIG_FILE
 
+    config = _bounded(config, args)
+    if resumed:
+        write_config(config, folder / CONFIG_FILE)
     print(f"search folder: {folder}\n{describe_disk_need(config, folder)}\n{describe_arms(config)}", flush=True)
     search = resume_search if resumed else start_search
-    trials = search(config, folder, verbose=args.verbose)
+    final = config.search.final and not args.no_final
+    try:
+        trials = search(config, folder, verbose=args.verbose)
+        if final:
+            refuse_late_winner(trials, config, folder)
+    except SearchEndedError as ended:
+        if ended.trials:
+            _print_trials(ended.trials, config)
+        if any(trial.failure is None for trial in ended.trials):
+            _print_conclusion(ended.trials, config, folder, final=False, verbose=args.verbose)
+        raise
     _print_trials(trials, config)
-    _print_conclusion(trials, config, folder, final=config.search.final and not args.no_final, verbose=args.verbose)
+    _print_conclusion(trials, config, folder, final=final, verbose=args.verbose)
 
 
 def describe_arms(config: Config) -> str:

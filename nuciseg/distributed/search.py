@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,14 @@ from ray.tune.search.sample import Integer
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
+from nuciseg.distributed.limits import (
+    ClosedError,
+    Limits,
+    SearchEndedError,
+    reopen,
+    trials_within_disk,
+    wait_where_closed,
+)
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
@@ -61,7 +69,10 @@ def check_search(config: Config, *, verbose: bool) -> None:
 
 
 def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
-    """Run the search that `config.search` describes into `folder`; returns the trials, best first."""
+    """Run the search that `config.search` describes into `folder`; returns the trials, best first.
+
+    Raises SearchEndedError, which has the trials so far, where a bound of `config.search` ended it before.
+    """
     space = _search_space(config)
     plan = _plan(config, folder, verbose)
     concurrent = _concurrent_trials(config, plan.need)
@@ -77,7 +88,6 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
             search_alg=_sampler(config, concurrent),
             scheduler=_scheduler(config, space),
             max_concurrent_trials=concurrent if config.search.sampler == "optuna" else None,
-            time_budget_s=config.search.max_hours * 3600 if config.search.max_hours else None,
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -89,7 +99,7 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
 def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
     """Go on with an interrupted search: finished trials are kept, running ones go on from their checkpoints.
 
-    `config` is what `read_search_config` finds in `folder`.
+    `config` is what `read_search_config` finds in `folder`. Raises as `start_search` does.
     """
     folder = folder.resolve()  # Ray takes a relative path for an address
     check_data(config)  # a drive that is not there yet must not end every trial
@@ -142,6 +152,7 @@ def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
 def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None  # this runs in a trial
+    wait_where_closed(plan.folder, trial_id)
     run_dir = plan.folder / trial_id
     write_json(sample, run_dir / SAMPLE_FILE)
     failure = noted_failure(run_dir)
@@ -223,7 +234,7 @@ def _trainable(plan: Plan) -> Any:
 
 def _concurrent_trials(config: Config, need: Need) -> int:
     room = require_room(config.scale.num_workers, need)
-    return min(room, config.search.max_concurrent or room)
+    return min(room, config.search.max_concurrent or room, trials_within_disk(config) or room)
 
 
 def _search_space(config: Config) -> dict[str, Any]:
@@ -304,7 +315,7 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
         name=folder.name,
         storage_path=str(folder.parent.resolve()),
         verbose=0,
-        callbacks=[SearchProgress(config, folder, concurrent)],
+        callbacks=[SearchProgress(config, folder, concurrent), Limits(folder.resolve(), concurrent)],
         # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
         failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=HANDED_OVER),
@@ -317,10 +328,22 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
 def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
     # Tune would take Ctrl+C for the regular end of the search: its winner would be trained and evaluated.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    results = tuner.fit()
-    trials = sorted((_trial(each, plan.base, plan.folder) for each in results), key=lambda t: t.rank, reverse=True)
+    reopen(plan.folder)
+    try:
+        return _concluded(tuner.fit(), plan, frozenset())
+    except ClosedError as closed:
+        results = tune.ResultGrid(tune.ExperimentAnalysis(str(plan.folder), trials=list(closed.trials)))
+        trials = _concluded(results, plan, closed.unfinished)
+        raise SearchEndedError(closed.describe(plan.folder, trials), trials) from None
+
+
+def _concluded(results: tune.ResultGrid, plan: Plan, unfinished: Collection[str]) -> list[Trial]:
+    """The trials that came to an epoch or a failure, best first; those that can go on are not logged to their end."""
+    found = [_trial(each, plan.base, plan.folder) for each in results]
+    trials = [trial for trial in found if trial.epochs or trial.failure is not None or trial.id not in unfinished]
+    trials.sort(key=lambda trial: trial.rank, reverse=True)
     for trial in trials:
-        if trial.failure is None:
+        if trial.failure is None and trial.id not in unfinished:
             conclude_stopped(_trial_job(trial.sample, plan, trial.id))
     write_json([asdict(trial) for trial in trials], plan.folder / RESULTS_FILE)
     return trials
