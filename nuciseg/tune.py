@@ -199,6 +199,7 @@ def _check(config: Config, *, final: bool, verbose: bool) -> None:
     from nuciseg.distributed.runs import check_precision, check_settings
     from nuciseg.distributed.search import check_search
     from nuciseg.distributed.space import build_space, variants
+    from nuciseg.distributed.storage import check_storage
     from nuciseg.engine.datasets import check_augmentation, check_data
     from nuciseg.engine.network import stride_of
 
@@ -212,6 +213,7 @@ def _check(config: Config, *, final: bool, verbose: bool) -> None:
         check_test_images(largest_stride)
     check_search(config, verbose=verbose)
     check_precision(config)
+    check_storage(config)
 
 
 def _print_trials(trials: Sequence[Trial], config: Config) -> None:
@@ -237,7 +239,6 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
         for trial in failed:
             print(f"  {trial.id}: {trial.failure}")
 
-    from nuciseg.distributed.storage import check_storage
 
 def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, final: bool, verbose: bool) -> None:
     import yaml
@@ -251,7 +252,6 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
     from nuciseg.tracking import describe_run
 
     best = winner(trials, config)
-    check_storage(config)
     if best is None:
         raise TrainingError(f"every trial failed; the reasons stand above and in {folder}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()

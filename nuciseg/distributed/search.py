@@ -35,6 +35,7 @@ from nuciseg.distributed.limits import (
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
+from nuciseg.distributed.storage import require_shared
 from nuciseg.distributed.training import fit_workers, reported
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
@@ -43,7 +44,6 @@ from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_js
 from nuciseg.engine.datasets import check_data
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.distributed.storage import require_shared
 from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
@@ -105,6 +105,7 @@ def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]
     check_data(config)  # a drive that is not there yet must not end every trial
     plan = _plan(config, folder, verbose)
     _concurrent_trials(config, plan.need)
+    require_shared(folder)
     if not tune.Tuner.can_restore(str(folder)):
         return start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
     for run_dir in folder.iterdir():
@@ -115,7 +116,6 @@ def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]
         trainable=_trainable(plan),
         param_space=_search_space(config),
         resume_unfinished=True,
-    require_shared(folder)
         restart_errored=True,
     )
     return _fit(tuner, plan)
