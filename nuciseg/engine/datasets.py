@@ -107,6 +107,11 @@ def check_augmentation(config: Config) -> None:
     """Raise ConfigError where the augmentation is not one for these data."""
     layout = format_of(config.data)
     if layout in CLUSTER_FORMATS:
+        if config.augment.enabled and config.augment.copies:
+            raise ConfigError(
+                f"augment.copies is {config.augment.copies}, but that is for whole fields; set it to 0, or lay "
+                "clusters against each other with augment.join"
+            )
         return
     for part, strength in config.augment.of_clusters._asdict().items():
         if strength:

@@ -172,3 +172,50 @@ def test_turning_is_spread_evenly_and_not_tied_to_the_values() -> None:
         brightness.append(np.median(placed.image_SSC[placed.labels_SS == 7]))
     assert np.histogram(angles, bins=6, range=(-np.pi, np.pi))[0].min() > 10
     assert abs(np.corrcoef(np.unwrap(np.sort(angles)), np.array(brightness)[np.argsort(angles)])[0, 1]) < 0.3
+
+
+def scattered(size: int = 160) -> NormalizedSample:
+    """Discs of brightness 0.6 and a smaller one of 0.9 on 0.1, in one half of the image."""
+    labels = np.zeros((size, size), np.int32)
+    for number, (x, y, radius) in enumerate([(20, 22, 12), (50, 30, 12), (30, 90, 12), (60, 140, 8)], start=1):
+        cv2.circle(labels, (x, y), radius, number, -1)
+    image = np.select([labels == 4, labels > 0], [0.9, 0.6], 0.1).astype(np.float32)[..., None]
+    return NormalizedSample(image, labels, np.full((size, size), FREE, np.uint8), 0.0, 3.0)
+
+
+def test_copies_are_nuclei_of_the_image_that_cover_little() -> None:
+    sample = scattered()
+    without = Augmenter(AugmentConfig(**NOTHING))(sample, 160, 0)
+    areas = set(np.bincount(sample.labels_HW.ravel())[1:])
+    augment = Augmenter(AugmentConfig(**NOTHING, copies=1.0))
+    most_nuclei = 0
+    for seed in range(20):
+        placed = augment(sample, 160, seed)
+        ids, counts = np.unique(placed.labels_SS, return_counts=True)
+        most_nuclei = max(most_nuclei, len(ids) - 1)
+        copies = ids > 4
+        assert set(counts[copies]) <= areas, "a copy is whole"
+        for number in (1, 2, 3, 4):
+            assert (placed.labels_SS == number).sum() >= 0.75 * (sample.labels_HW == number).sum()
+        was_background = (placed.labels_SS > 4) & (sample.labels_HW == 0)
+        assert (placed.image_SSC[was_background] > 0.5).all()
+        untouched = placed.labels_SS <= 4
+        far = cv2.erode(untouched.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        assert np.array_equal(placed.image_SSC[far], without.image_SSC[far])
+    assert most_nuclei == 8
+
+
+def test_copies_come_as_often_as_is_said() -> None:
+    augment = Augmenter(AugmentConfig(**NOTHING, copies=0.5))
+    share = np.mean([augment(scattered(), 160, seed).labels_SS.max() > 4 for seed in range(100)])
+    assert 0.35 < share < 0.65
+
+
+def test_ignored_pixels_count_as_covered_and_are_not_copied() -> None:
+    sample = scattered()
+    sample.labels_HW[80:] = -1
+    augment = Augmenter(AugmentConfig(**NOTHING, copies=1.0))
+    for seed in range(10):
+        placed = augment(sample, 160, seed)
+        assert not (placed.labels_SS[~placed.valid_SS] > 0).any()
+        assert (~placed.valid_SS).sum() > 0.45 * 160 * 160

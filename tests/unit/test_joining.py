@@ -111,6 +111,12 @@ def test_whole_fields_cannot_be_joined(tmp_path: Path) -> None:
     open_training_set(config.replaced({"augment.enabled": False}), 16)
 
 
+def test_nuclei_of_clusters_cannot_be_copied() -> None:
+    config = Config().replaced({"augment.copies": 0.5})
+    with pytest.raises(ConfigError, match=r"augment\.copies is 0\.5, .* for whole fields; set it to 0, or lay clusters"):
+        open_training_set(config, 16)
+
+
 def test_a_search_that_would_join_whole_fields_is_refused_before_its_trials(tmp_path: Path) -> None:
     write_labels_folder(SyntheticConfig(num_train=4, num_test=1), tmp_path, 64, 64)
     space = {"augment.join": {"uniform": [0.0, 0.5]}}
