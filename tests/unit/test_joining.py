@@ -113,7 +113,7 @@ def test_whole_fields_cannot_be_joined(tmp_path: Path) -> None:
 
 def test_nuclei_of_clusters_cannot_be_copied() -> None:
     config = Config().replaced({"augment.copies": 0.5})
-    with pytest.raises(ConfigError, match=r"augment\.copies is 0\.5, .* for whole fields; set it to 0, or lay clusters"):
+    with pytest.raises(ConfigError, match=r"augment\.copies is 0\.5, .* for whole fields; set it to 0"):
         open_training_set(config, 16)
 
 
