@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.distributed.runs import (
         check_precision,
         check_settings,
+        check_storage,
         describe_disk_need,
         new_run_dir,
         resumed_config,
         train_identity,
     )
+    from nuciseg.distributed.storage import require_shared
     from nuciseg.distributed.training import check_room, run_training
-    from nuciseg.distributed.storage import check_storage, require_shared
     from nuciseg.distributed.worker import Job, describe_run_dir
     from nuciseg.engine.checkpoint import CheckpointStore
     from nuciseg.engine.datasets import check_data
@@ -47,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.resume is not None:
         config, run_dir = resumed_config(args.resume, flags(parsed_args=args)(), args.config), args.resume
-    else:
         check_room(config, verbose=args.verbose)
         require_shared(run_dir)
+    else:
         config = config_from_args(flags, args)
         alone = _without_search(config)
         check_settings(alone, verbose=args.verbose)
         split = check_data(config)
         check_room(config, verbose=args.verbose)
         check_precision(alone)
-        run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
         check_storage(config)
+        run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
         describe_run_dir(config, split, run_dir)  # from here on it can be resumed
     print(f"run folder: {run_dir}\n{describe_disk_need(_without_search(config), run_dir)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)

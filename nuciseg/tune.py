@@ -196,10 +196,9 @@ def describe_arms(config: Config) -> str:
 def _check(config: Config, *, final: bool, verbose: bool) -> None:
     """Raise NucisegError for what would end the search, a trial or the evaluation, before a folder is made."""
     from nuciseg.distributed.final import check_test_images
-    from nuciseg.distributed.runs import check_precision, check_settings
+    from nuciseg.distributed.runs import check_precision, check_settings, check_storage
     from nuciseg.distributed.search import check_search
     from nuciseg.distributed.space import build_space, variants
-    from nuciseg.distributed.storage import check_storage
     from nuciseg.engine.datasets import check_augmentation, check_data
     from nuciseg.engine.network import stride_of
 

@@ -14,6 +14,7 @@ from nuciseg.config import Config, known_keys, load_config
 from nuciseg.distributed.cluster import has_gpu
 from nuciseg.distributed.failures import forget_failure
 from nuciseg.distributed.space import num_trials, variants
+from nuciseg.distributed.storage import require_everywhere, require_shared
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS, disk_need_bytes
 from nuciseg.engine.network import count_parameters
@@ -50,6 +51,18 @@ def check_precision(config: Config) -> None:
     if not has_gpu(config.scale):
         for variant in variants(config, "train"):
             choose_precision(variant.train, torch.device("cpu"))
+
+
+def check_storage(config: Config) -> None:
+    """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
+    require_shared(config.run.storage_path)
+    model = config.model
+    files = {
+        "data.root": config.data.root,
+        "data.validation_list": config.data.validation_list,
+        "model.pretrained": model.weights_file if isinstance(model, TimmConfig) else None,
+    }
+    require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
 
 
 def new_run_dir(config: Config, default_name: str) -> Path:

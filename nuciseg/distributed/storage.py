@@ -1,4 +1,7 @@
-"""Whether all nodes of the cluster see the same files."""
+"""Whether all nodes of the cluster see the same files.
+
+Each node that is asked imports this module, so it imports little.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,8 @@ from uuid import uuid4
 
 import ray
 
-from nuciseg.config import Config
 from nuciseg.distributed.nodes import Result, alive_nodes, on_every_node
 from nuciseg.errors import ResourceError, writing
-from nuciseg.models import TimmConfig
-
-
-def check_storage(config: Config) -> None:
-    """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
-    require_shared(config.run.storage_path)
-    model = config.model
-    files = {
-        "data.root": config.data.root,
-        "data.validation_list": config.data.validation_list,
-        "model.pretrained": model.weights_file if isinstance(model, TimmConfig) else None,
-    }
-    require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
 
 
 def require_shared(folder: Path, setting: str = "run.storage_path") -> None:
