@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from nuciseg.tracking import METRICS_FILE, read_metrics
@@ -57,7 +58,15 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def train(root: Path, epochs: int, seed: int, num_workers: int, folder: Path) -> tuple[float, float]:
+def train(
+    root: Path,
+    epochs: int,
+    seed: int,
+    num_workers: int,
+    folder: Path,
+    batch_size: int = 16,
+    others: Sequence[str] = (),
+) -> tuple[float, float]:
     """The mean validation cluster score of a run's last three epochs, and its median steps per second.
 
     One epoch's score alone jumps by a few clusters.
@@ -66,13 +75,21 @@ def train(root: Path, epochs: int, seed: int, num_workers: int, folder: Path) ->
     command = [
         *(sys.executable, "-m", "nuciseg.train", *NETWORK, *DECODING),
         *("--data.root", str(root), "--seed", str(seed), "--train.epochs", str(epochs), "--train.calibrate", "false"),
-        *("--scale.num_workers", str(num_workers), "--scale.cpus_per_worker", "1", "--data.batch_size", "16"),
+        *(
+            "--scale.num_workers",
+            str(num_workers),
+            "--scale.cpus_per_worker",
+            "1",
+            "--data.batch_size",
+            str(batch_size),
+        ),
         *("--tracking.kind", "none", "--run.storage_path", str(folder), "--run.name", name),
+        *others,
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = read_metrics(folder / name / METRICS_FILE)
     score = statistics.mean(row["cluster_score"] for row in rows[-3:])
-    return score, statistics.median(row["images_per_s"] for row in rows) / 16
+    return score, statistics.median(row["images_per_s"] for row in rows) / batch_size
 
 
 if __name__ == "__main__":
