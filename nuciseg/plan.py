@@ -336,6 +336,7 @@ def _print_scaling(
 
 def _assumptions(config: Config, args: argparse.Namespace, device: torch.device) -> Iterator[str]:
     from nuciseg.engine.planning import (
+        DECODING_S,
         HEAD,
         LEAST_GPU_STEP_S,
         LOADING_S,
@@ -345,7 +346,7 @@ def _assumptions(config: Config, args: argparse.Namespace, device: torch.device)
     )
 
     if args.seconds_per_step is not None:
-        yield "a step takes as long as was given on every type, a validation image a third of a training image"
+        yield "a step takes as long as was given on every type, the network a third of it in validation"
     elif device.type == "cuda" and not args.estimate:
         yield "every GPU is as fast as this one: give --seconds-per-step of another"
     else:
@@ -355,7 +356,8 @@ def _assumptions(config: Config, args: argparse.Namespace, device: torch.device)
         )
     if args.seconds_per_step is not None or args.estimate or device.type == "cpu":
         yield (
-            f"what was not measured: {1e3 * LOADING_S:g} ms of one core to make an image, "
+            f"what was not measured: {1e3 * LOADING_S:g} ms of one core to make an image, {1e3 * DECODING_S:g} ms to "
+            "decode and score one of validation, "
             f"{STORAGE_BYTES_PER_S / 1e6:g} MB/s of storage for checkpoints"
         )
     if config.search.space:

@@ -19,7 +19,8 @@ BACKWARD_FACTOR = 3  # forward, and backward with twice its operations
 VALIDATION_SHARE = 1 / 3  # of a training image's time, where it was not measured: forward alone
 OPERATIONS_PER_BYTE = 25.0  # of a GPU's memory traffic, in convolutions of few channels: an assumption, see the docs
 LEAST_GPU_STEP_S = 0.01  # launching a thousand kernels at 10 us: an assumption
-LOADING_S = 1.5e-3  # of one core for an image of the nucleus data set, see benchmarks/README.md
+LOADING_S = 2e-3  # of one core to make a training image: CPU time, drawn clusters, crop 192, see docs/scaling.md
+DECODING_S = 5e-3  # of one core to decode and score a validation image of one cluster, likewise
 STORAGE_BYTES_PER_S = 200e6  # of a shared file system, for checkpoints: an assumption
 MESSAGE_S = 50e-6  # latency of one message of an all-reduce between machines
 TRIAL_START_S = {1: 2.4, 2: 13.6}  # a trial of one worker, of several: to be measured by benchmarks/scaling.py
@@ -119,7 +120,13 @@ def machine(name: str, dollars_per_hour: Mapping[str, float]) -> Machine:
 
 def assumed_pace(image_s: float, checkpoint_bytes: float, least_step_s: float = 0.0) -> Pace:
     """The pace of which only the time of a training image is known."""
-    return Pace(image_s, VALIDATION_SHARE * image_s, checkpoint_bytes / STORAGE_BYTES_PER_S, LOADING_S, least_step_s)
+    return Pace(
+        image_s,
+        VALIDATION_SHARE * image_s + DECODING_S,
+        checkpoint_bytes / STORAGE_BYTES_PER_S,
+        LOADING_S,
+        least_step_s,
+    )
 
 
 def estimated_image_s(work: Work, on: Machine) -> float:
