@@ -11,6 +11,7 @@ import yaml
 
 from nuciseg.distributed.cluster_file import check_cluster_file
 from nuciseg.distributed.machines import MACHINES, Machine
+from nuciseg.engine.planning import MACHINES as PLANNED_MACHINES
 
 pytest.importorskip("boto3", reason="boto3 is missing: pip install -e '.[test]'")
 
@@ -30,7 +31,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def filled_in(name: str) -> dict[str, Any]:
     text = (ROOT / name).read_text(encoding="utf-8")
-    for word in ("SET-REGISTRY", "SET-THIS", "SET-FILE-SYSTEM", "SET-HEAD-ADDRESS", "SET-WORKER-ADDRESS", "SET-USER"):
+    for word in (
+        "SET-REGISTRY",
+        "SET-THIS",
+        "SET-FILE-SYSTEM",
+        "SET-HEAD-ADDRESS",
+        "SET-WORKER-ADDRESS",
+        "SET-ADDRESS",
+        "SET-USER",
+    ):
         text = text.replace(word, f"given-{word[4:].lower()}")
     loaded = yaml.safe_load(text)
     assert isinstance(loaded, dict)
@@ -43,7 +52,7 @@ def findings_of(folder: Path, config: dict[str, Any]) -> list[str]:
     return check_cluster_file(path)
 
 
-SHIPPED = ["cluster.yaml", "docs/clusters/on-prem.yaml"]
+SHIPPED = ["cluster.yaml", "docs/clusters/on-prem.yaml", "docs/clusters/one-machine.yaml"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -202,3 +211,9 @@ def test_machines_have_what_aws_says() -> None:
         memory_gib = known[name]["MemoryInfo"]["SizeInMiB"] // 1024
         described[name] = Machine(known[name]["VCpuInfo"]["DefaultVCpus"], num_gpus, memory_gib)
     assert described == MACHINES
+
+
+@pytest.mark.parametrize("name", PLANNED_MACHINES)
+def test_plan_and_checker_know_the_same_machines(name: str) -> None:
+    planned = PLANNED_MACHINES[name]
+    assert (planned.num_cpus, planned.num_gpus) == (MACHINES[name].cpus, MACHINES[name].gpus)
