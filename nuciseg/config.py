@@ -126,6 +126,9 @@ class RunConfig(Section):
     )
     group: str | None = Field(None, description="W&B group; none: the name of the run or search")
     max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="longest time without a checkpoint, for long epochs; none: one after each epoch"
+    )
 
 
 class SearchConfig(Section):

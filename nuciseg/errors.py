@@ -6,12 +6,13 @@ NucisegError
 ├── CheckpointError     not a checkpoint, truncated, or of another schema
 ├── ResourceError       more workers or GPUs than there are; no space, no permission
 ├── LimitReachedError   a search ended at its bound of hours or disk; what it found is kept, and it can go on
+├── StoppedError        a run was asked to end (SIGTERM); it can go on from its last step
 └── TrainingError       training cannot go on
     ├── NonFiniteLossError   the loss became NaN or infinite
     └── OutOfMemoryError     the batch does not fit
 
-A command prints the message as one sentence and leaves with exit code 2 (TrainingError: 1, LimitReachedError: 3).
-Anything else is our own bug and keeps its traceback.
+A command prints the message as one sentence and leaves with exit code 2 (TrainingError: 1, LimitReachedError: 3,
+StoppedError: 143). Anything else is our own bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class LimitReachedError(NucisegError):
     """A search ended at a bound that the user had set."""
 
     exit_code = 3
+
+
+class StoppedError(NucisegError):
+    """A run was asked to end before it was over."""
+
+    exit_code = 143  # as shells have it: 128 + SIGTERM
 
 
 @contextlib.contextmanager

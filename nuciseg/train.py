@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_summary(config_from_args(flags, args))
         return
 
+    from nuciseg.distributed.failures import stopped_by_sigterm
     from nuciseg.distributed.progress import followed
     from nuciseg.distributed.runs import (
         check_precision,
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         describe_run_dir(config, split, run_dir)  # from here on it can be resumed
     print(f"run folder: {run_dir}\n{describe_disk_need(_without_search(config), run_dir)}", flush=True)
     job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)
-    with followed(run_dir, config.train.epochs, config.train.metric):
+    with followed(run_dir, config.train.epochs, config.train.metric), stopped_by_sigterm(run_dir):
         run_training(job)
     print(f"best checkpoint: {CheckpointStore(run_dir).best}\n{describe_run(run_dir)}")
 

@@ -349,9 +349,9 @@ class TrainingLoader:
         """Batches of an epoch: the same for every worker."""
         return -(-len(self.data.indices) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[LoadedBatch]:
-        """The batches of an epoch in order; an exception of a thread is raised here."""
-        plan = self.data.plan(epoch, self.batch_size)
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[LoadedBatch]:
+        """The batches of an epoch in order, from `first_batch` on; an exception of a thread is raised here."""
+        plan = self.data.plan(epoch, self.batch_size)[first_batch:]
         if self._pool is None:
             yield from (self._load(planned, epoch) for planned in plan)
             return

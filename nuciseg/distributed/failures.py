@@ -6,9 +6,11 @@ restarted workers find the note and stop at once, and whoever waits for the run 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from nuciseg.errors import NucisegError, OutOfMemoryError
 
 _FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
+_STOP_FILE = "stop"
 
 
 def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> None:
@@ -48,8 +51,28 @@ def batch_parts_factor(run_dir: Path) -> int:
 
 def forget_failure(run_dir: Path) -> None:
     """Before a run is taken up again by hand. Its configuration file has the parts that the batch was cut into."""
-    for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE):
+    for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE, _STOP_FILE):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def ask_to_stop(run_dir: Path) -> None:
+    """Ask a run, on whatever machines its workers are, to stop after the step that they are in."""
+    (run_dir / _STOP_FILE).touch()
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm(run_dir: Path) -> Iterator[None]:
+    """Within, SIGTERM asks the run to stop: what a machine sends that is about to go, as spot instances are."""
+    before = signal.signal(signal.SIGTERM, lambda *_: ask_to_stop(run_dir))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_asked_to_stop(run_dir: Path) -> bool:
+    """Whether the run was asked to stop."""
+    return (run_dir / _STOP_FILE).exists()
 
 
 def with_one_retry(run: Callable[[], object], run_dir: Path) -> None:

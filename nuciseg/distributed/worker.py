@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nuciseg.config import Config, write_config
 from nuciseg.data.splits import Split
-from nuciseg.distributed.failures import batch_parts_factor, note_failure, noted_failure
+from nuciseg.distributed.failures import batch_parts_factor, is_asked_to_stop, note_failure, noted_failure
 from nuciseg.engine.calibration import calibrate
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, replace_config, write_json
 from nuciseg.engine.datasets import TrainingSet, open_training_set
+from nuciseg.engine.epoch_part import Wish
 from nuciseg.engine.evaluation import image_row
 from nuciseg.engine.inference import Place, predict_instances, score_samples
 from nuciseg.engine.loop import EpochReport, train
 from nuciseg.engine.network import Network, load_network, stride_of
 from nuciseg.engine.precision import local_device
-from nuciseg.errors import NucisegError
+from nuciseg.errors import NucisegError, StoppedError
 from nuciseg.metrics import ImageScores, Scores
 from nuciseg.plots import triptych
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
@@ -27,6 +29,7 @@ CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.json"
 FINISHED_FILE = "finished.json"
 IMAGES_FILE = "validation_images.json"
+STOP_LOOK_S = 1.0
 OVERLAYS_EVERY_EPOCHS = 5  # and after each of the first: a scheduler may stop the run there
 
 
@@ -81,13 +84,31 @@ def _run(job: Job, config: Config, place: Place, report: Callable[[EpochReport],
 
     exit_code = 1
     try:
-        train(config, data, place, store, on_epoch)
+        progress = train(config, data, place, store, on_epoch, _looking_for_stop(job.run_dir))
+        if progress.batches:
+            raise StoppedError(
+                f"asked to stop in epoch {progress.epoch + 1}, after a checkpoint; go on with --resume {job.run_dir}"
+            )
         if diary is not None:
             diary.conclude(place)
         exit_code = 0
     finally:
         if diary is not None:
             diary.tracker.finish(exit_code)
+
+
+def _looking_for_stop(run_dir: Path) -> Callable[[], Wish]:
+    """Looks into the folder, which may be a network's, now and then."""
+    next_look_s = 0.0
+
+    def wish() -> Wish:
+        nonlocal next_look_s
+        if time.monotonic() < next_look_s:
+            return Wish.GO_ON
+        next_look_s = time.monotonic() + STOP_LOOK_S
+        return Wish.STOP if is_asked_to_stop(run_dir) else Wish.GO_ON
+
+    return wish
 
 
 class _Diary:

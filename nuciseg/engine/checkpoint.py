@@ -5,7 +5,8 @@
     │   ├── checkpoint.json       schema version, configuration, epoch, scores so far, split hash, sizes of the files
     │   ├── weights.safetensors   the weights to predict with (averaged ones where averaging is on)
     │   └── training.safetensors  raw weights, optimizer and averaging state: what resuming needs
-    └── epoch-0009/
+    ├── epoch-0008/
+    └── epoch-0008-batch-000120/  in the middle of the ninth epoch
 
 A folder gets its name by a rename after all its files are on the disk, so a killed writer leaves nothing that could
 be taken for a checkpoint. The best, the last and the one before it are kept: should a disk lose a part of the last one
@@ -42,12 +43,14 @@ TRAINING_FILE = "training.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after an epoch; with the seed in the configuration it fixes all randomness to come.
+    """Where a run stands; with the seed in the configuration it fixes all randomness to come.
 
-    `history` has one flat mapping of figures an epoch, from epoch 1 on.
+    `epoch` epochs and, of the next one, `batches` batches are done. `history` has one flat mapping of figures an epoch,
+    from epoch 1 on.
     """
 
     epoch: int = 0
+    batches: int = 0
     step: int = 0
     best_epoch: int = 0
     history: tuple[Mapping[str, float], ...] = ()
@@ -100,6 +103,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
             "data_format": checkpoint.data_format,
             "progress": {
                 "epoch": checkpoint.progress.epoch,
+                "batches": checkpoint.progress.batches,
                 "step": checkpoint.progress.step,
                 "best_epoch": checkpoint.progress.best_epoch,
                 "history": [dict(row) for row in checkpoint.progress.history],
@@ -151,6 +155,7 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
         config=config,
         progress=Progress(
             epoch=progress["epoch"],
+            batches=progress.get("batches", 0),
             step=progress["step"],
             best_epoch=progress["best_epoch"],
             history=tuple(progress["history"]),
@@ -188,7 +193,7 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> Path:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
         progress = checkpoint.progress
-        path, best = self._path(progress.epoch), self._path(progress.best_epoch)
+        path, best = self._path(progress.epoch, progress.batches), self._path(progress.best_epoch)
         for abandoned in self.folder.glob(".epoch-*"):  # by a killed writer; first, or there were four folders
             shutil.rmtree(abandoned, ignore_errors=True)
         before = self.last
@@ -223,7 +228,7 @@ class CheckpointStore:
 
     @property
     def last(self) -> Path | None:
-        """The newest whole checkpoint, or None before the first. Where none is whole the newest: loading it says why."""
+        """The newest whole checkpoint, or None before the first; where none is whole the newest: loading says why."""
         newest_first = sorted(self.folder.glob("epoch-*"), reverse=True)
         return next(filter(_is_whole, newest_first), newest_first[0] if newest_first else None)
 
@@ -235,18 +240,22 @@ class CheckpointStore:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint with the best validation score, or None before the first. The last one knows which it is."""
+        """The checkpoint with the best validation score, or None before the first epoch's. The last one knows which
+        it is."""
         last = self.last
         if last is None:
             return None
         try:
-            path = self._path(_progress_in(last)["best_epoch"])
+            best_epoch = _progress_in(last)["best_epoch"]
         except (OSError, ValueError, KeyError, TypeError):
             return last  # damaged: whoever loads it says how
+        if best_epoch == 0:
+            return None
+        path = self._path(best_epoch)
         return path if path.exists() else last
 
-    def _path(self, epoch: int) -> Path:
-        return self.folder / f"epoch-{epoch:04d}"
+    def _path(self, epoch: int, batches: int = 0) -> Path:
+        return self.folder / (f"epoch-{epoch:04d}" + (f"-batch-{batches:06d}" if batches else ""))
 
     def _drop_all_but(self, *kept: Path | None) -> None:
         for folder in self.folder.glob("epoch-*"):

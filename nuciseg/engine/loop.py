@@ -1,8 +1,8 @@
 """Training of one network, by one worker or by many in step. Plain PyTorch, no Ray.
 
 Whatever the number of workers, a step sees the same images with the same augmentation, and its gradient is the mean
-over the images of the whole batch; randomness is fixed by (seed, epoch), so that a run taken up again from a
-checkpoint goes on as if it had never stopped.
+over the images of the whole batch; randomness is fixed by (seed, epoch, batch), so that a run taken up again from a
+checkpoint, also from one in the middle of an epoch, goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from nuciseg.config import Config
 from nuciseg.data.dataset import TrainingLoader
 from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, load_checkpoint
 from nuciseg.engine.datasets import TrainingSet, format_of
+from nuciseg.engine.epoch_part import EpochPart, Wish
 from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.network import Network, build_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
@@ -48,8 +49,16 @@ class EpochReport:
 class Trainer:
     """The state of a run and the steps that change it."""
 
-    def __init__(self, config: Config, data: TrainingSet, place: Place, store: CheckpointStore) -> None:
-        self.config, self.data, self.place, self.store = config, data, place, store
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingSet,
+        place: Place,
+        store: CheckpointStore,
+        wish: Callable[[], Wish] = lambda: Wish.GO_ON,
+    ) -> None:
+        """`wish` is asked by the first worker after every step."""
+        self.config, self.data, self.place, self.store, self.wish = config, data, place, store, wish
         torch.manual_seed(config.seed)
         resume_from = store.last
         self.network = build_network(config, data.in_channels, place.device, load_pretrained=resume_from is None)
@@ -61,7 +70,8 @@ class Trainer:
         self.averaged = average_weights(self.network.model, decay) if decay is not None else None
         self.diameters = data.diameters() if place.rank == 0 else None  # the one that writes checkpoints
         self.data_format = format_of(config.data)  # looks into folders: once, not in each epoch
-        self.progress = Progress()
+        self.progress, self.part, self.stopped = Progress(), EpochPart(), False
+        self.saved_at = time.monotonic()
         if resume_from is not None:
             self._restore(resume_from)
         self.loader = TrainingLoader(
@@ -82,11 +92,15 @@ class Trainer:
         patience_over = patience is not None and self.progress.epochs_since_best >= patience
         return self.progress.epoch >= self.config.train.epochs or (self.progress.epoch > 0 and patience_over)
 
-    def run_epoch(self) -> EpochReport:
-        """Train one epoch, validate, keep a checkpoint. Every worker calls this at the same time."""
+    def run_epoch(self) -> EpochReport | None:
+        """Train one epoch, validate, keep a checkpoint. Every worker calls this at the same time.
+
+        None where the run is to stop: the checkpoint is of the middle of the epoch then.
+        """
         epoch = self.progress.epoch + 1
-        torch.manual_seed(_mixed_seed(self.config.seed, epoch, self.place.rank))
         training = self.train_epoch(epoch)
+        if self.stopped:
+            return None
         self._same_buffers_everywhere()
         start = time.perf_counter()
         network = self._validated_network()
@@ -104,6 +118,7 @@ class Trainer:
             history=(*self.progress.history, metrics),
         )
         path = self.store.save(self._checkpoint(metrics)) if self.place.rank == 0 else None
+        self.saved_at = time.monotonic()
         return EpochReport(self.progress, metrics, tuple(image_scores), is_best, path, network)
 
     def close(self) -> None:
@@ -115,12 +130,11 @@ class Trainer:
         if self._is_frozen_in(epoch) != self.encoder_is_frozen:
             self._begin_phase(self._is_frozen_in(epoch))
         model.train()
-        sums: dict[str, torch.Tensor] = {}
-        num_images, wait_s, rate = 0, 0.0, 0.0
-        start = wait_start = time.perf_counter()
-        for loaded in self.loader.epoch(epoch):
-            wait_s += time.perf_counter() - wait_start
-            rate = learning_rate_at(self.config.schedule, self.config.optim.lr, self.progress.step, self.num_steps)
+        mark = time.perf_counter()
+        for loaded in self.loader.epoch(epoch, first_batch=self.progress.batches):
+            wait_s = time.perf_counter() - mark
+            torch.manual_seed(_mixed_seed(self.config.seed, epoch, self.progress.batches, self.place.rank))
+            rate = self._learning_rate(self.progress.step)
             set_learning_rate(self.optimizer, rate)
             batch = loaded.batch
             with _memory_watched(
@@ -129,22 +143,29 @@ class Trainer:
             ):
                 if batch is not None:
                     batch = batch.to(device, self.network.precision.channels_last)
-                terms = self._step(batch, loaded.global_size, rate)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
-            num_images += loaded.global_size
-            self.progress = replace(self.progress, step=self.progress.step + 1)
-            wait_start = time.perf_counter()
-        seconds = time.perf_counter() - start
-        self._sum_over_workers(sums)
-        result = {f"train_{name}": float(value) / num_images for name, value in sums.items()}
-        return {
-            **result,
-            "learning_rate": rate,
-            "images_per_s": num_images / seconds,
-            "data_wait_share": wait_s / seconds,
-            "train_s": seconds,
-        }
+                terms, wish = self._step(batch, loaded.global_size, rate)
+            self.part.add(terms, loaded.global_size, wait_s, time.perf_counter() - mark)
+            self.progress = replace(self.progress, step=self.progress.step + 1, batches=self.progress.batches + 1)
+            if wish is not Wish.GO_ON:
+                self._save_part()
+                self.stopped = wish is Wish.STOP
+                if self.stopped:
+                    break
+            mark = time.perf_counter()
+        figures = self.part.figures(self._summed_over_workers(self.part.terms))
+        figures["learning_rate"] = self._learning_rate(self.progress.step - 1)
+        if not self.stopped:
+            self.progress, self.part = replace(self.progress, batches=0), EpochPart()
+        return figures
+
+    def _save_part(self) -> None:
+        """Keep a checkpoint of the middle of an epoch. Every worker calls this at the same time."""
+        summed = self._summed_over_workers(self.part.terms)
+        if self.place.rank == 0:
+            history = self.progress.history
+            part = {f"part.{name}": tensor for name, tensor in self.part.tensors(summed).items()}
+            self.store.save(self._checkpoint(history[-1] if history else {}, part))
+        self.saved_at = time.monotonic()
 
     def _is_frozen_in(self, epoch: int) -> bool:
         return epoch <= self.config.optim.frozen_encoder_epochs
@@ -158,19 +179,37 @@ class Trainer:
         self.parallel = self._data_parallel()
         self.step_model = self._compiled(self.parallel or self.network.model)
 
-    def _step(self, batch: Batch | None, global_size: int, rate: float) -> dict[str, torch.Tensor]:
-        """One optimizer step; returns every loss term summed over this worker's images, on the device."""
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate_at(self.config.schedule, self.config.optim.lr, step, self.num_steps)
+
+    def _step(self, batch: Batch | None, global_size: int, rate: float) -> tuple[dict[str, torch.Tensor], Wish]:
+        """One optimizer step: every loss term summed over this worker's images, on the device, and what comes next."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._backward(batch, global_size) if batch is not None else self._backward_nothing()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.clip_norm
         norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), limit if limit is not None else float("inf"))
-        self._refuse_non_finite(sums, global_size, norm, rate)
+        loss, wish = self._agreed(sums["loss"])
+        self._refuse_non_finite(loss, sums, global_size, norm, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged is not None:
             self.averaged.update_parameters(self.network.model)
-        return sums
+        return sums, wish
+
+    def _agreed(self, loss: torch.Tensor) -> tuple[torch.Tensor, Wish]:
+        """The loss summed over all workers, and the first one's wish: one message for both."""
+        wish = self._own_wish() if self.place.rank == 0 else Wish.GO_ON
+        if self.place.world_size == 1:
+            return loss, wish
+        both = torch.stack([loss.float(), torch.tensor(float(wish), device=loss.device)])
+        dist.all_reduce(both)
+        return both[0], Wish(int(both[1]))
+
+    def _own_wish(self) -> Wish:
+        minutes = self.config.run.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        return max(self.wish(), Wish.CHECKPOINT if due else Wish.GO_ON)
 
     def _backward(self, batch: Batch, global_size: int) -> dict[str, torch.Tensor]:
         parts = min(self.config.train.accumulate, len(batch))
@@ -200,20 +239,15 @@ class Trainer:
         return {name: torch.zeros((), device=self.place.device) for name in self.loss_names}
 
     def _refuse_non_finite(
-        self, sums: Mapping[str, torch.Tensor], global_size: int, norm: torch.Tensor, rate: float
+        self, loss: torch.Tensor, sums: Mapping[str, torch.Tensor], global_size: int, norm: torch.Tensor, rate: float
     ) -> None:
-        # Every worker must come to the same verdict, or those who go on wait for ever. The norm of the summed
-        # gradient is the same everywhere; under fp16 it may be infinite while the scale is found, so there the loss
-        # alone is asked.
-        health = sums["loss"].clone()
-        if self.place.world_size > 1:
-            dist.all_reduce(health)
-        if not self.scaler.is_enabled():
-            health = health + norm
+        # Every worker must come to the same verdict, or those who go on wait for ever. `loss` and the norm of the
+        # summed gradient are the same everywhere; under fp16 the norm may be infinite while the scale is found, so
+        # there the loss alone is asked.
+        health = loss if self.scaler.is_enabled() else loss + norm
         if bool(torch.isfinite(health)):
             return
-        totals = {name: value.clone() for name, value in sums.items()}
-        self._sum_over_workers(totals)
+        totals = self._summed_over_workers(sums)
         what = "gradient" if bool(torch.isfinite(totals["loss"])) else "loss"
         terms = ", ".join(f"{name} {float(value) / global_size:.4g}" for name, value in totals.items())
         raise NonFiniteLossError(
@@ -252,12 +286,14 @@ class Trainer:
                 for buffer in model.buffers():
                     dist.broadcast(buffer, src=0)
 
-    def _sum_over_workers(self, sums: dict[str, torch.Tensor]) -> None:
+    def _summed_over_workers(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        totals = {name: value.clone() for name, value in sums.items()}
         if self.place.world_size > 1:
-            for name in sorted(sums):
-                dist.all_reduce(sums[name])
+            for name in sorted(totals):
+                dist.all_reduce(totals[name])
+        return totals
 
-    def _checkpoint(self, metrics: Mapping[str, float]) -> Checkpoint:
+    def _checkpoint(self, metrics: Mapping[str, float], part: Mapping[str, torch.Tensor] | None = None) -> Checkpoint:
         model = self.network.model
         training = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -274,7 +310,7 @@ class Trainer:
             in_channels=self.data.in_channels,
             weights=weights,
             # Without averaging the weights to predict with are the raw ones: safetensors stores no tensor twice.
-            training={key: tensor.clone() for key, tensor in training.items()},
+            training={key: tensor.clone() for key, tensor in (training | dict(part or {})).items()},
             scores=metrics,
             diameters=self.diameters,
             data_format=self.data_format,
@@ -289,7 +325,7 @@ class Trainer:
                 "changed; begin anew"
             )
         tensors: dict[str, dict[str, torch.Tensor]] = {
-            part: {} for part in ("model", "optimizer", "averaged", "scaler")
+            part: {} for part in ("model", "optimizer", "averaged", "scaler", "part")
         }
         for name, tensor in checkpoint.training.items():
             part, key = name.split(".", 1)
@@ -307,23 +343,36 @@ class Trainer:
             state = self.scaler.state_dict()
             self.scaler.load_state_dict({key: type(state[key])(value) for key, value in tensors["scaler"].items()})
         self.progress = checkpoint.progress
+        if self.progress.batches:
+            self.part = EpochPart.of(tensors["part"], self.place.device, self.place.rank)
 
 
 def train(
-    config: Config, data: TrainingSet, place: Place, store: CheckpointStore, on_epoch: Callable[[EpochReport], None]
+    config: Config,
+    data: TrainingSet,
+    place: Place,
+    store: CheckpointStore,
+    on_epoch: Callable[[EpochReport], None],
+    wish: Callable[[], Wish] = lambda: Wish.GO_ON,
 ) -> Progress:
-    """Train to the end, from the last checkpoint in `store` where there is one; `on_epoch` runs on every worker."""
-    trainer = Trainer(config, data, place, store)
+    """Train from the last checkpoint in `store` where there is one; `on_epoch` runs on every worker.
+
+    `wish` is asked by the first worker after every step. Where it was to stop, `batches` of the result is not 0.
+    """
+    trainer = Trainer(config, data, place, store, wish)
     try:
         while not trainer.finished:
-            on_epoch(trainer.run_epoch())
+            report = trainer.run_epoch()
+            if report is None:
+                break
+            on_epoch(report)
     finally:
         trainer.close()
     return trainer.progress
 
 
-def _mixed_seed(seed: int, epoch: int, rank: int) -> int:
-    return (seed * 1_000_003 + epoch * 7919 + rank) % 2**63
+def _mixed_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
+    return ((seed * 1_000_003 + epoch * 7919 + rank) * 1_000_033 + batch) % 2**63
 
 
 @contextlib.contextmanager

@@ -93,6 +93,26 @@ def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:
     assert_same_run(Path("runs/killed"), Path("runs/undisturbed"))
 
 
+def test_a_run_that_is_told_to_go_keeps_the_epoch_that_it_is_in() -> None:
+    words = ("--config", "small.yaml", "--data.synthetic.num_train", "200", "--data.batch_size", "1")
+    words = (*words, "--train.epochs", "3")
+    with subprocess.Popen(
+        [*COMMAND, *words, "--run.name", "told"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: len(logged_epochs(Path("runs/told"))) >= 1 or process.poll() is not None, "the first epoch")
+        process.terminate()
+        _, said = process.communicate()
+    assert process.returncode == 143
+    kept = last_checkpoint(Path("runs/told")).progress
+    assert kept.batches > 0
+    resume = f"go on with --resume {Path('runs/told').resolve()}"
+    assert said == f"nuciseg: asked to stop in epoch {kept.epoch + 1}, after a checkpoint; {resume}\n"
+    assert answer("--resume", "runs/told") == 0
+    assert logged_epochs(Path("runs/told")) == [1, 2, 3]
+    assert answer(*words, "--run.name", "undisturbed") == 0
+    assert_same_run(Path("runs/told"), Path("runs/undisturbed"))
+
+
 def test_a_run_killed_before_its_first_step_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("nuciseg.distributed.training.run_training", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from nuciseg.engine.checkpoint import (
     CheckpointStore,
     find_checkpoint,
 )
+from nuciseg.engine.epoch_part import Wish
 from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.loop import EpochReport, Trainer, train
 from nuciseg.engine.network import load_network
@@ -98,6 +100,55 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_its_last_checkpoint_as_if_undist
     run(config, killed, on_epoch=lambda report: seen.append(report.progress.epoch))
     assert seen == [3, 4]
     assert_same_run(killed, tmp_path / "undisturbed")
+
+
+def stop_after(num_steps: int) -> Callable[[], Wish]:
+    counter = itertools.count(1)
+    return lambda: Wish.STOP if next(counter) == num_steps else Wish.GO_ON
+
+
+@pytest.mark.parametrize("changes", [{}, {"data.num_loader_threads": 2, "model.norm": "batch"}])
+@pytest.mark.parametrize("legs", [(1,), (3, 1, 7), (16,)])
+def test_a_run_stopped_in_mid_epoch_loses_no_step(
+    legs: tuple[int, ...], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    config = small_config(**changes)
+    run(config, tmp_path / "undisturbed")
+    stopped = tmp_path / "stopped"
+    step = 0
+    for num_steps in legs:
+        step += num_steps
+        wish = stop_after(num_steps)
+        progress = train(config, open_data(config), Place(), CheckpointStore(stopped), lambda report: None, wish)
+        assert (progress.step, progress.epoch, progress.batches) == (step, (step - 1) // 4, (step - 1) % 4 + 1)
+        assert last_checkpoint(stopped).progress == progress
+    run(config, stopped)
+    assert_same_run(stopped, tmp_path / "undisturbed")
+
+
+def test_long_epochs_have_checkpoints_in_their_middle(tmp_path: Path) -> None:
+    seen: list[Path | None] = []
+    store = CheckpointStore(tmp_path)
+
+    def look() -> Wish:
+        seen.append(store.last)
+        return Wish.GO_ON
+
+    config = small_config(**{"run.checkpoint_minutes": 1e-6, "train.epochs": 2})
+    train(config, open_data(config), Place(), store, lambda report: None, wish=look)
+    names = [path.name if path else None for path in seen]
+    assert names == [
+        None, "epoch-0000-batch-000001", "epoch-0000-batch-000002", "epoch-0000-batch-000003",
+        "epoch-0001", "epoch-0001-batch-000001", "epoch-0001-batch-000002", "epoch-0001-batch-000003",
+    ]  # fmt: skip
+
+
+def test_before_the_first_epoch_is_over_there_is_nothing_to_predict_with(tmp_path: Path) -> None:
+    config = small_config()
+    train(config, open_data(config), Place(), CheckpointStore(tmp_path), lambda report: None, wish=lambda: Wish.STOP)
+    assert CheckpointStore(tmp_path).best is None
+    with pytest.raises(CheckpointError, match="is not a checkpoint and holds none"):
+        find_checkpoint(tmp_path)
 
 
 def test_another_seed_gives_another_run(tmp_path: Path) -> None:
