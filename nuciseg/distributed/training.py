@@ -107,7 +107,13 @@ def train_loop(arguments: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         device=_device(job, distributed),
     )
-    run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)))
+    must_one_go = _preempted if distributed else lambda: False
+    run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)), must_one_go)
+
+
+def _preempted() -> bool:
+    """Whether the machine of a worker is to go, as far as Ray was told. Every worker calls this at the same time."""
+    return ray.train.get_preemption_info() is not None
 
 
 def _device(job: Job, distributed: bool) -> torch.device:

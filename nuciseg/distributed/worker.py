@@ -29,7 +29,8 @@ CONFIG_FILE = "config.yaml"
 SPLIT_FILE = "split.json"
 FINISHED_FILE = "finished.json"
 IMAGES_FILE = "validation_images.json"
-STOP_LOOK_S = 1.0
+LOOK_S = 1.0
+CONFER_S = 5.0  # as often as Ray looks whether a node is to go
 OVERLAYS_EVERY_EPOCHS = 5  # and after each of the first: a scheduler may stop the run there
 
 
@@ -43,10 +44,13 @@ class Job:
     verbose: bool = False
 
 
-def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) -> None:
+def run_worker(
+    job: Job, place: Place, report: Callable[[EpochReport], None], must_one_go: Callable[[], bool] = lambda: False
+) -> None:
     """Train to the end from whatever the run's folder holds; nothing is left to do for a finished run.
 
-    `report` is called on every worker after every epoch. Raises NucisegError, with the reason noted in the folder.
+    Every worker calls `report` after every epoch, and now and then `must_one_go`: whether the machine of one has to go.
+    Raises NucisegError, with the reason noted in the folder.
     """
     failure = noted_failure(job.run_dir)
     if failure is not None:
@@ -55,7 +59,7 @@ def run_worker(job: Job, place: Place, report: Callable[[EpochReport], None]) ->
         return
     parts_factor = batch_parts_factor(job.run_dir)
     try:
-        _run(job, _cut_smaller(job.config, parts_factor), place, report)
+        _run(job, _cut_smaller(job.config, parts_factor), place, report, must_one_go)
     except NucisegError as error:
         note_failure(job.run_dir, error, parts_factor)
         raise
@@ -72,7 +76,13 @@ def best_score(history: Sequence[Mapping[str, float]], metric: str) -> float:
     return max(float(row[metric]) for row in history)
 
 
-def _run(job: Job, config: Config, place: Place, report: Callable[[EpochReport], None]) -> None:
+def _run(
+    job: Job,
+    config: Config,
+    place: Place,
+    report: Callable[[EpochReport], None],
+    must_one_go: Callable[[], bool],
+) -> None:
     data = open_training_set(config, stride_of(config))
     store = CheckpointStore(job.run_dir)
     diary = _Diary(job, config, data, store) if place.rank == 0 else None
@@ -84,7 +94,7 @@ def _run(job: Job, config: Config, place: Place, report: Callable[[EpochReport],
 
     exit_code = 1
     try:
-        progress = train(config, data, place, store, on_epoch, _looking_for_stop(job.run_dir))
+        progress = train(config, data, place, store, on_epoch, _looking_around(job.run_dir), must_one_go)
         if progress.batches:
             raise StoppedError(
                 f"asked to stop in epoch {progress.epoch + 1}, after a checkpoint; go on with --resume {job.run_dir}"
@@ -97,16 +107,22 @@ def _run(job: Job, config: Config, place: Place, report: Callable[[EpochReport],
             diary.tracker.finish(exit_code)
 
 
-def _looking_for_stop(run_dir: Path) -> Callable[[], Wish]:
-    """Looks into the folder, which may be a network's, now and then."""
-    next_look_s = 0.0
+def _looking_around(run_dir: Path) -> Callable[[], Wish]:
+    """Looks into the folder, which may be a network's, and has the workers confer, now and then."""
+    next_look_s = next_conference_s = 0.0
 
     def wish() -> Wish:
-        nonlocal next_look_s
-        if time.monotonic() < next_look_s:
+        nonlocal next_look_s, next_conference_s
+        now_s = time.monotonic()
+        if now_s < next_look_s:
             return Wish.GO_ON
-        next_look_s = time.monotonic() + STOP_LOOK_S
-        return Wish.STOP if is_asked_to_stop(run_dir) else Wish.GO_ON
+        next_look_s = now_s + LOOK_S
+        if is_asked_to_stop(run_dir):
+            return Wish.STOP
+        if now_s < next_conference_s:
+            return Wish.GO_ON
+        next_conference_s = now_s + CONFER_S
+        return Wish.CONFER
 
     return wish
 

@@ -13,11 +13,12 @@ _COUNTS = ("num_images", "wait_s", "train_s")
 
 
 class Wish(IntEnum):
-    """What is wanted of a run after a step."""
+    """What is wanted of a run after a step; CONFER: that all workers ask at the same time whether one has to go."""
 
     GO_ON = 0
-    CHECKPOINT = 1
-    STOP = 2
+    CONFER = 1
+    CHECKPOINT = 2
+    STOP = 3
 
 
 @dataclass

@@ -56,9 +56,11 @@ class Trainer:
         place: Place,
         store: CheckpointStore,
         wish: Callable[[], Wish] = lambda: Wish.GO_ON,
+        must_one_go: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`wish` is asked by the first worker after every step."""
-        self.config, self.data, self.place, self.store, self.wish = config, data, place, store, wish
+        """`wish` is asked by the first worker after every step; where it is to confer, `must_one_go` by all of them."""
+        self.config, self.data, self.place, self.store = config, data, place, store
+        self.wish, self.must_one_go, self.one_goes = wish, must_one_go, False
         torch.manual_seed(config.seed)
         resume_from = store.last
         self.network = build_network(config, data.in_channels, place.device, load_pretrained=resume_from is None)
@@ -146,6 +148,8 @@ class Trainer:
                 terms, wish = self._step(batch, loaded.global_size, rate)
             self.part.add(terms, loaded.global_size, wait_s, time.perf_counter() - mark)
             self.progress = replace(self.progress, step=self.progress.step + 1, batches=self.progress.batches + 1)
+            if wish is Wish.CONFER:
+                wish = self._conferred()
             if wish is not Wish.GO_ON:
                 self._save_part()
                 self.stopped = wish is Wish.STOP
@@ -205,6 +209,11 @@ class Trainer:
         both = torch.stack([loss.float(), torch.tensor(float(wish), device=loss.device)])
         dist.all_reduce(both)
         return both[0], Wish(int(both[1]))
+
+    def _conferred(self) -> Wish:
+        """Wants a checkpoint when a machine is announced to go, once. Every worker calls this at the same time."""
+        knew, self.one_goes = self.one_goes, self.must_one_go()
+        return Wish.CHECKPOINT if self.one_goes and not knew else Wish.GO_ON
 
     def _own_wish(self) -> Wish:
         minutes = self.config.run.checkpoint_minutes
@@ -354,12 +363,13 @@ def train(
     store: CheckpointStore,
     on_epoch: Callable[[EpochReport], None],
     wish: Callable[[], Wish] = lambda: Wish.GO_ON,
+    must_one_go: Callable[[], bool] = lambda: False,
 ) -> Progress:
     """Train from the last checkpoint in `store` where there is one; `on_epoch` runs on every worker.
 
-    `wish` is asked by the first worker after every step. Where it was to stop, `batches` of the result is not 0.
+    `wish` and `must_one_go` are those of `Trainer`. Where the run was to stop, `batches` of the result is not 0.
     """
-    trainer = Trainer(config, data, place, store, wish)
+    trainer = Trainer(config, data, place, store, wish, must_one_go)
     try:
         while not trainer.finished:
             report = trainer.run_epoch()

@@ -348,6 +348,42 @@ def test_running_statistics_are_the_same_on_all_workers_and_finite(tmp_path: Pat
         assert bool(torch.isfinite(mine.float()).all())
 
 
+def _confer_and_stop(place: Place, config: Config, run_dir: Path) -> tuple[int, list[str | None]]:
+    """Asks for a conference after the second and the third step, which says that a machine has to go; stops after the
+    sixth. Returns how often this worker was asked, and the newest checkpoint after each step."""
+    answers = iter([Wish.GO_ON, Wish.CONFER, Wish.CONFER, Wish.GO_ON, Wish.GO_ON, Wish.STOP])
+    store = CheckpointStore(run_dir)
+    newest: list[str | None] = []
+    conferences: list[int] = []
+
+    def wish() -> Wish:
+        newest.append(store.last.name if store.last else None)
+        return next(answers)
+
+    def must_one_go() -> bool:
+        conferences.append(len(newest))
+        return True
+
+    train(config, open_data(config), place, store, lambda report: None, wish, must_one_go)
+    return len(conferences), newest
+
+
+def test_workers_keep_one_checkpoint_when_a_machine_has_to_go_and_lose_no_step(tmp_path: Path) -> None:
+    config = small_config(**{**UNEVEN, "model.dropout": 0.2})
+    on_workers(2, tmp_path / "all", _train_and_note_ids, config, tmp_path / "undisturbed")
+    found = on_workers(2, tmp_path / "first", _confer_and_stop, config, tmp_path / "stopped")
+    assert [conferences for conferences, _ in found] == [2, 2]
+    before_third = "epoch-0000-batch-000002"
+    assert found[0][1] == [None, None, before_third, before_third, "epoch-0001", "epoch-0001"]
+    assert last_checkpoint(tmp_path / "stopped").progress.batches == 2
+    on_workers(2, tmp_path / "second", _train_and_note_ids, config, tmp_path / "stopped")
+    stopped, undisturbed = (last_checkpoint(tmp_path / name) for name in ("stopped", "undisturbed"))
+    for mine, theirs in ((stopped.weights, undisturbed.weights), (stopped.training, undisturbed.training)):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    for mine, theirs in zip(stopped.progress.history, undisturbed.progress.history, strict=True):
+        assert figures([mine])[0] == pytest.approx(figures([theirs])[0], rel=1e-6)  # sums of other groups of images
+
+
 def _fail_together(place: Place, config: Config, run_dir: Path) -> str:
     with pytest.raises(NonFiniteLossError) as raised:
         run(config, run_dir, place)
