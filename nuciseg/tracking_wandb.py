@@ -126,6 +126,12 @@ def _reachable(url: str) -> bool:
     return answered.is_set()
 
 
+def silent_server() -> str | None:
+    """The address of the W&B server where it does not answer from here; None where it does."""
+    base_url = str(import_wandb(verbose=False).setup().settings.base_url)
+    return None if _reachable(base_url) else base_url
+
+
 def require_account() -> str:
     """The W&B user or team that the key belongs to. Raises ConfigError without one, ResourceError without a server."""
     wandb = import_wandb(verbose=False)

@@ -18,6 +18,7 @@ from nuciseg.config import ScaleConfig
 from nuciseg.distributed.growth import Resources, nodes_within_reach
 from nuciseg.errors import ResourceError
 
+ANSWER_TIMEOUT_S = 10.0  # of the head's port; Ray itself tries for four minutes
 GPU_TRIAL_CPUS = 4  # feeds one GPU; fewer where the node has fewer
 
 
@@ -46,6 +47,8 @@ def connect(verbose: bool, **limits: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
     port = _free_port()
+    address = os.environ.get("RAY_ADDRESS", "")
+    _refuse_silent(address)
     try:
         with _dashboard_known_to_workers(port):
             ray.init(
@@ -58,13 +61,10 @@ def connect(verbose: bool, **limits: int) -> None:
                 **limits,
             )
     except ConnectionError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')!r} ({error}); start it with `ray start`, "
-            "or unset RAY_ADDRESS to use this machine"
-        ) from None
+        raise _no_cluster(address, error) from None
     except AuthenticationError:
         raise ResourceError(
-            f"the Ray cluster at {os.environ.get('RAY_ADDRESS')!r} lets nobody in without its token, which is missing "
+            f"the Ray cluster at {address!r} lets nobody in without its token, which is missing "
             "or another one here; copy ~/.ray/auth_token from the machine that started the cluster, and set "
             "RAY_AUTH_MODE=token"
         ) from None
@@ -72,6 +72,23 @@ def connect(verbose: bool, **limits: int) -> None:
         if "Version mismatch" not in str(error):
             raise
         raise ResourceError(_describe_versions(str(error))) from None
+
+
+def _refuse_silent(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # such as "auto" or "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"no Ray cluster answers at {address!r} ({error.strerror or error}); start it with `ray start`, correct "
+        "RAY_ADDRESS, or unset it to use this machine"
+    )
 
 
 def _describe_versions(of_ray: str) -> str:

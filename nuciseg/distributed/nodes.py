@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -48,6 +49,21 @@ def on_every_node(
             failure=f"does not answer within {timeout_s:g} s; look whether the machine is overloaded or out of reach"
         )
     return {name: results[name] for name in asked.values()}
+
+
+@contextmanager
+def stationed(actor_class: type, timeout_s: float = ANSWER_TIMEOUT_S) -> Iterator[dict[str, Any]]:
+    """An actor on each alive node where one starts within `timeout_s`, by the node's name; they end with the block."""
+    remote = ray.remote(num_cpus=0)(actor_class)
+    names = alive_nodes()
+    actors = {name: remote.options(scheduling_strategy=on_node(id)).remote() for id, name in names.items()}
+    try:
+        waiting = {actor.__ray_ready__.remote(): name for name, actor in actors.items()}
+        started, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        yield {waiting[reference]: actors[waiting[reference]] for reference in started}
+    finally:
+        for actor in actors.values():
+            ray.kill(actor)
 
 
 def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:

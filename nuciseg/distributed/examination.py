@@ -1,0 +1,101 @@
+"""What `doctor` asks of a machine or cluster, one check after the other."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+
+from nuciseg.config import Config
+from nuciseg.distributed import checks
+from nuciseg.distributed.all_reduce import measure_all_reduce
+from nuciseg.distributed.checks import Check, failed, passed
+from nuciseg.distributed.clocks import clock_offsets
+from nuciseg.distributed.cluster import connect, require_room, worker_need
+from nuciseg.distributed.node_facts import NodeFacts, first_image, node_facts, versions, wandb_state
+from nuciseg.distributed.nodes import alive_nodes, on_every_node
+from nuciseg.distributed.rehearsal import rehearse
+from nuciseg.distributed.runs import disk_need
+from nuciseg.distributed.storage import require_shared
+from nuciseg.engine.network import count_parameters
+from nuciseg.errors import NucisegError, ResourceError
+from nuciseg.images import require_writable
+
+GRADIENT_BYTES = 4  # fp32, whatever the network computes in
+
+
+def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False) -> Iterator[Check]:
+    """Each check as it is done; after one that the others need, they are left out. Raises nothing of the user's."""
+    try:
+        connect(verbose)
+    except ResourceError as error:
+        yield failed("cluster", str(error))
+        return
+    answers = on_every_node(node_facts, config, in_own_process=True)
+    yield (answering := checks.check_nodes(answers))
+    nodes = {name: answer.value for name, answer in answers.items() if answer.value is not None}
+    yield from _about_nodes(config, nodes)
+    if not answering.passed:
+        return  # each question to all nodes would wait for the same one
+    yield _attempted("all-reduce", lambda: _all_reduce(config))
+    storage = _attempted("storage", lambda: _storage(config.run.storage_path.resolve()))
+    yield storage
+    yield checks.check_images(on_every_node(first_image, config))
+    yield checks.check_wandb(on_every_node(wandb_state, config))
+    yield checks.check_clocks(clock_offsets())
+    if storage.passed:
+        yield _disk(config, nodes)
+        if kill_worker:
+            folder = config.run.storage_path / f"doctor-{time.strftime('%Y%m%d-%H%M%S')}"
+            yield _attempted("recovery", lambda: rehearse(folder.resolve(), verbose=verbose))
+    elif kill_worker:
+        yield failed("recovery", "not tried: it needs the storage, see above")
+
+
+def _about_nodes(config: Config, nodes: dict[str, NodeFacts]) -> Iterator[Check]:
+    names = alive_nodes()
+    of_ray = {names[n["NodeID"]]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["NodeID"] in names}
+    yield checks.check_versions(nodes, versions())
+    yield checks.check_gpus(nodes, {name: of_ray.get(name, 0) for name in nodes})
+    yield checks.check_precision(nodes, config.train.precision, config.scale.use_gpu)
+    yield _attempted("room", lambda: _room(config))
+
+
+def _attempted(name: str, check: Callable[[], Check]) -> Check:
+    """The check, failed with the sentence of what it raises."""
+    try:
+        return check()
+    except NucisegError as error:
+        return failed(name, str(error))
+
+
+def _room(config: Config) -> Check:
+    need = worker_need(config.scale, for_trial=bool(config.search.space))
+    runs = require_room(config.scale.num_workers, need)
+    each = f"{config.scale.num_workers} workers" if config.scale.num_workers > 1 else "one worker"
+    return passed("room", f"for {runs} at a time of {each} with {need.cpus} CPUs and {need.gpus} GPUs")
+
+
+def _all_reduce(config: Config) -> Check:
+    gradient_bytes = GRADIENT_BYTES * count_parameters(config)
+    return checks.check_all_reduce(measure_all_reduce(config.scale.use_gpu), gradient_bytes)
+
+
+def _storage(folder: Path) -> Check:
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    require_shared(folder)
+    require_writable(folder)
+    for each in made:
+        each.rmdir()
+    num = len(alive_nodes())
+    return passed("storage", f"{folder} is writable" + (f", and the same on {num} nodes" if num > 1 else ""))
+
+
+def _disk(config: Config, nodes: dict[str, NodeFacts]) -> Check:
+    folder = config.run.storage_path.resolve()
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    return checks.check_disk(nodes, disk_need(config), free_bytes, str(config.run.storage_path))
