@@ -19,8 +19,10 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,11 @@ MAX_FOLDERS = 3
 METADATA_FILE = "checkpoint.json"
 WEIGHTS_FILE = "weights.safetensors"
 TRAINING_FILE = "training.safetensors"
+STORAGE_IS_AWAY = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+     errno.ENETDOWN, errno.ENETUNREACH)
+)  # fmt: skip
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -80,45 +87,50 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write `folder` whole or not at all.
+    """Write `folder` whole or not at all, and wait for storage that is away for two minutes or less.
 
     Raises ResourceError where there is no space or no permission; whatever lay there before is kept.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {WEIGHTS_FILE: checkpoint.weights}
-        if checkpoint.training:
-            files[TRAINING_FILE] = checkpoint.training
-        for name, tensors in files.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        metadata = {
-            "schema_version": SCHEMA_VERSION,
-            "config": checkpoint.config.model_dump(mode="json"),
-            "in_channels": checkpoint.in_channels,
-            "split_hash": checkpoint.split_hash,
-            "scores": dict(checkpoint.scores),
-            "diameters": asdict(checkpoint.diameters) if checkpoint.diameters else None,
-            "data_format": checkpoint.data_format,
-            "progress": {
-                "epoch": checkpoint.progress.epoch,
-                "batches": checkpoint.progress.batches,
-                "step": checkpoint.progress.step,
-                "best_epoch": checkpoint.progress.best_epoch,
-                "history": [dict(row) for row in checkpoint.progress.history],
-            },
-            "file_bytes": {name: (temporary / name).stat().st_size for name in files},
-        }
-        (temporary / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-        for name in (*files, METADATA_FILE):
-            _flush_to_disk(temporary / name)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        _patiently(lambda: _write_checkpoint(checkpoint, temporary, folder))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError(_why_not_written(error, folder)) from error
+
+
+def _write_checkpoint(checkpoint: Checkpoint, temporary: Path, folder: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = {WEIGHTS_FILE: checkpoint.weights}
+    if checkpoint.training:
+        files[TRAINING_FILE] = checkpoint.training
+    for name, tensors in files.items():
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
+    progress = checkpoint.progress
+    metadata = {
+        "schema_version": SCHEMA_VERSION,
+        "config": checkpoint.config.model_dump(mode="json"),
+        "in_channels": checkpoint.in_channels,
+        "split_hash": checkpoint.split_hash,
+        "scores": dict(checkpoint.scores),
+        "diameters": asdict(checkpoint.diameters) if checkpoint.diameters else None,
+        "data_format": checkpoint.data_format,
+        "progress": {
+            "epoch": progress.epoch,
+            "batches": progress.batches,
+            "step": progress.step,
+            "best_epoch": progress.best_epoch,
+            "history": [dict(row) for row in progress.history],
+        },
+        "file_bytes": {name: (temporary / name).stat().st_size for name in files},
+    }
+    (temporary / METADATA_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    for name in (*files, METADATA_FILE):
+        _flush_to_disk(temporary / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
 
 
 def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
@@ -291,10 +303,14 @@ def disk_need_bytes(num_parameters: int) -> int:
 def write_json(value: Any, path: Path) -> None:
     """Write JSON to `path` whole or not at all; raises ResourceError where there is no space or no permission."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         os.replace(temporary, path)
+
+    try:
+        _patiently(write)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -336,15 +352,32 @@ def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Ten
         raise CheckpointError(f"{path} is truncated or damaged ({error}); copy the checkpoint again") from None
 
 
+def _patiently(write: Callable[[], None]) -> None:
+    """Write, again and again while the storage seems to be away; raises what the last attempt raised."""
+    for wait_s in WAITS_S:
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            if _error_number(error) not in STORAGE_IS_AWAY:
+                raise
+        time.sleep(wait_s)
+    return write()
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    stated = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps the system's error in its own text
+    return int(stated.group(1)) if stated else None
+
+
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _why_not_written(error: Exception, folder: Path) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None:  # safetensors wraps the system's error in its own text
-        number = next((n for n in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if f"(os error {n})" in str(error)), None)
+    number = _error_number(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         parent = next(p for p in folder.parents if p.exists())
         free_mb = shutil.disk_usage(parent).free / 1e6

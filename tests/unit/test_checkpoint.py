@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -292,6 +293,31 @@ def test_a_full_disk_is_told_and_leaves_the_last_whole_one(small_disk: Path) -> 
     store = CheckpointStore(small_disk)
     store.save(make_checkpoint(1))
     save_and_expect_no_space(store)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_storage_that_is_away_is_waited_for(times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test can take a server's disk away; what the system says then is said in its place."""
+    answers = iter([OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")] * 9)
+    replace_name, left = os.replace, [times]
+
+    def away_at_first(source: Path, target: Path) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise next(answers)
+        replace_name(source, target)
+
+    monkeypatch.setattr(os, "replace", away_at_first)
+    monkeypatch.setattr(module, "WAITS_S", (0.0, 0.0, 0.0))
+    path = CheckpointStore(tmp_path).save(make_checkpoint())
+    assert_same(load_checkpoint(path, training=True), make_checkpoint())
+    left[0] = times
+    write_json({"value": 1}, tmp_path / "value.json")
+    assert json.loads((tmp_path / "value.json").read_text()) == {"value": 1}
+    left[0] = 4
+    with pytest.raises(ResourceError, match=r"cannot write .*: (Input/output error|Stale file handle)"):
+        write_json({"value": 2}, tmp_path / "value.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "value.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
