@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -94,6 +95,72 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(undisturbed: Path, tmp_pat
     # Not begun anew: the first epoch that the last checkpoint remembers is the one that ran before the kill.
     first = json.loads(first_lines[0])
     assert last_checkpoint(run_dir).progress.history[0]["train_s"] == first["train_s"]
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["checkpoint", "validation"])
+def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
+    moment: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook in the process ends it: the first worker in the middle of writing, the second while it scores."""
+    train_loop = training.train_loop
+
+    def doomed_train_loop(arguments: dict[str, Any]) -> None:
+        from nuciseg.engine import checkpoint, loop
+
+        run_dir: Path = arguments["job"].run_dir
+        flush, score = checkpoint._flush_to_disk, loop.score_samples
+
+        def die_once() -> None:
+            if not (run_dir / "died").exists():
+                (run_dir / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def doomed_flush(path: Path) -> None:
+            if moment == "checkpoint" and "epoch-0002" in str(path):
+                die_once()
+            flush(path)
+
+        def doomed_score(network: Any, samples: Any, indices: Any, place: Any) -> Any:
+            if moment == "validation" and place.rank == 1 and CheckpointStore(run_dir).last is not None:
+                die_once()
+            return score(network, samples, indices, place)
+
+        checkpoint._flush_to_disk, loop.score_samples = doomed_flush, doomed_score
+        train_loop(arguments)
+
+    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+    run_dir = tmp_path / "killed"
+    run_training(make_job(run_dir))
+    assert (run_dir / "died").exists()
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_replaced(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")  # Ray's own: 10 minutes
+    run_dir = tmp_path / "hanging"
+    before = worker_pids(alive=False)
+    halted: list[int] = []
+
+    def halt_one_worker() -> None:
+        wait_until(lambda: len(logged_epochs(run_dir)) >= 1, "the first epoch")
+        halted.append(max(worker_pids() - before))
+        os.kill(halted[0], signal.SIGSTOP)
+
+    halter = threading.Thread(target=halt_one_worker)
+    halter.start()
+    try:
+        run_training(make_job(run_dir))
+    finally:
+        halter.join()
+        for pid in halted:
+            with contextlib.suppress(ProcessLookupError):  # as it should be
+                os.kill(pid, signal.SIGKILL)
+    assert halted
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
 
 
