@@ -150,9 +150,12 @@ def _kill_one(workers: Sequence[Any], killers: Mapping[str, Any], killing: _Kill
         return
     victim = max(workers, key=lambda actor: int(actor.pid))
     name = alive_nodes().get(victim.node_id, victim.node_id)
+    if name not in killers:
+        killing.failure = f"no process to do it by started on node {name} within {ANSWER_TIMEOUT_S:g} s"
+        return
     try:
         ray.get(killers[name].kill.remote(victim.pid), timeout=ANSWER_TIMEOUT_S)
-    except (KeyError, ProcessLookupError, RayError) as error:
+    except (ProcessLookupError, RayError) as error:
         killing.failure = f"node {name} {describe_task_error(getattr(error, 'cause', None) or error)}"
     else:
         killing.node = name
