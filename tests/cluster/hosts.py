@@ -101,7 +101,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Run a shell command as a login would, and return what it printed, errors among the rest.
 
-        Raises AssertionError with all that it printed where it fails and `check` is set.
+        Raises AssertionError with the last lines that it printed where it fails and `check` is set.
         """
         done = subprocess.run(
             self._entered(command, cwd),
@@ -111,7 +111,8 @@ class Host:
             text=True,
             timeout=timeout_s,
         )
-        assert not check or done.returncode == 0, f"{self.name}: {command}: {done.returncode}\n{done.stdout}"
+        said = "\n".join(done.stdout.splitlines()[-60:])
+        assert not check or done.returncode == 0, f"{self.name}: {command}: {done.returncode}\n{said}"
         return done
 
     def start(self, command: str, log: Path, *, cwd: str | Path = HOME) -> subprocess.Popen[bytes]:
@@ -272,11 +273,13 @@ class Lan:
         _call("nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *command)
 
 
-def wait_for(true: Callable[[], bool], what: str, limit_s: float, step_s: float = 0.5) -> None:
-    """Look again and again until `true()`; raises AssertionError with `what` was waited for."""
+def wait_for(
+    true: Callable[[], bool], what: str, limit_s: float, step_s: float = 0.5, told: Callable[[], str] = str
+) -> None:
+    """Look again and again until `true()`; raises AssertionError with `what` was waited for and what is `told` then."""
     deadline = time.monotonic() + limit_s
     while not true():
-        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}\n{told()}"
         time.sleep(step_s)
 
 

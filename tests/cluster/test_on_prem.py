@@ -1,0 +1,139 @@
+"""`ray up docs/clusters/on-prem.yaml` over SSH onto three hosts, a search on it, and `ray down`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from hosts import HOME, REPOSITORY, Host, Lan, wait_for, why_no_hosts
+from launches import (
+    JOBS,
+    hosts_with,
+    limit_nodes,
+    open_dashboard,
+    printed_by,
+    submit,
+    trials_in,
+    wait_for_end,
+    write_search,
+)
+from small_runs import last_checkpoint, logged_epochs
+
+from nuciseg.engine.checkpoint import find_checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts())),
+]
+
+CLUSTER = f"{HOME}/on-prem.yaml"
+
+
+@dataclass(frozen=True)
+class OnPrem:
+    """A cluster of three hosts that `ray up` has started from a laptop, and a folder that all of them share."""
+
+    lan: Lan
+    laptop: Host
+    nodes: list[Host]
+    shared: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
+    folder = tmp_path_factory.mktemp("on_prem")
+    shared = folder / "shared"
+    shared.mkdir()
+    with Lan(folder / "lan", shared=[shared]) as lan:
+        login = ["export RAY_AUTH_MODE=token RAY_UP_enable_autoscaler_v2=0 RAY_USAGE_STATS_ENABLED=0"]
+        laptop = lan.add("laptop", 1, has_key=True, login=login)
+        nodes = [lan.add(name, number) for number, name in enumerate(("head", "one", "two"), start=2)]
+        (laptop.home / "on-prem.yaml").write_text(filled_in(nodes))
+        laptop.run(
+            "umask 077 && ray get-auth-token --generate > /dev/null && touch ~/.ray/wandb_netrc"
+            f" && ray up --yes --no-config-cache {CLUSTER}",
+            timeout_s=400,
+            cwd=REPOSITORY,
+        )
+        wait_for(lambda: len(hosts_with("raylet/raylet", nodes)) == 3, "Ray on all hosts", 240)
+        open_dashboard(laptop, CLUSTER, folder / "dashboard.log")
+        yield OnPrem(lan, laptop, nodes, shared)
+
+
+def filled_in(nodes: list[Host]) -> str:
+    """The cluster file that comes with nuciseg, with the addresses and the user that it asks for."""
+    config = yaml.safe_load((REPOSITORY / "docs/clusters/on-prem.yaml").read_text())
+    config["provider"] |= {"head_ip": nodes[0].address, "worker_ips": [node.address for node in nodes[1:]]}
+    config["auth"]["ssh_user"] = "root"
+    limit_nodes(config, "--num-cpus=2")
+    return yaml.safe_dump(config)
+
+
+def test_status_shows_all_hosts(cluster: OnPrem) -> None:
+    said = cluster.laptop.run(f"ray exec {CLUSTER} 'ray status'", timeout_s=200).stdout
+    assert "0.0/6.0 CPU" in said
+    assert "no pending nodes" in said.lower()
+
+
+def test_secrets_are_for_their_owner_alone_on_every_host(cluster: OnPrem) -> None:
+    token = (cluster.laptop.home / ".ray/auth_token").read_text()
+    for node in cluster.nodes:
+        assert (node.home / ".ray/auth_token").read_text() == token
+        for secret in (".ray/auth_token", ".netrc"):
+            assert (node.home / secret).stat().st_mode & 0o777 == 0o600, f"{node.name}: {secret}"
+
+
+def test_client_without_the_token_is_refused(cluster: OnPrem) -> None:
+    head = cluster.nodes[0]
+    job = f"ray job submit --address {JOBS} -- touch {cluster.shared}/intruder"
+    for intruder in ("RAY_AUTH_MODE=disabled", f"RAY_AUTH_TOKEN={'0' * 64}"):
+        refused = cluster.laptop.run(f"{intruder} {job}", timeout_s=200, check=False)
+        assert refused.returncode != 0, refused.stdout
+        assert "token" in refused.stdout.lower()
+    refused = cluster.laptop.run(
+        f"RAY_AUTH_MODE=disabled timeout 60 ray status --address {head.address}:6379", timeout_s=200, check=False
+    )
+    assert refused.returncode != 0, refused.stdout
+    assert "CPU" not in refused.stdout
+    assert not (cluster.shared / "intruder").exists()
+
+
+def test_search_of_two_hosts_a_trial_goes_on_while_the_laptop_is_closed(cluster: OnPrem, tmp_path: Path) -> None:
+    write_search(cluster.shared / "search.yaml", num_trials=2, epochs=3, num_workers=2, cpus_per_worker=2)
+    where = f"--config {cluster.shared}/search.yaml --run.storage_path {cluster.shared}/runs --run.name search"
+    job = submit(cluster.laptop, ["python -m nuciseg.tune", where], timeout_s=200)
+    seen: set[frozenset[str]] = set()
+
+    def trains_on_two() -> bool:
+        seen.add(frozenset(hosts_with("RayTrainWorker", cluster.nodes)))
+        return any(len(each) == 2 for each in seen)
+
+    def printed() -> str:
+        return printed_by(job, cluster.nodes[0])
+
+    wait_for(trains_on_two, "a trial on two hosts", 400, told=printed)
+    cluster.laptop.power_off()
+    search_dir = cluster.shared / "runs" / "search"
+    wait_for(lambda: (search_dir / "results.json").exists(), "the end of the trials", 400, told=printed)
+    cluster.lan.power_on(cluster.laptop)
+    open_dashboard(cluster.laptop, CLUSTER, tmp_path / "dashboard.log")
+
+    said = wait_for_end(job, cluster.laptop, limit_s=400)
+    trials = trials_in(search_dir)
+    assert [trial["failure"] for trial in trials] == [None, None]
+    for trial in trials:
+        assert logged_epochs(search_dir / trial["id"]) == [1, 2, 3]
+        assert last_checkpoint(search_dir / trial["id"]).config.scale.num_workers == 2
+        assert trial["id"] in said
+    [best] = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("best checkpoint: ")]
+    assert find_checkpoint(Path(best)).is_relative_to(search_dir)
+
+
+def test_down_leaves_no_process(cluster: OnPrem) -> None:
+    cluster.laptop.run(f"ray down --yes {CLUSTER}", timeout_s=300)
+    # A raylet whose head is gone gives up after a minute.
+    wait_for(lambda: not any(node.processes() for node in cluster.nodes), "the end of Ray on all hosts", 150)
