@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import grpc
 import ray
 import torch
 from ray.exceptions import AuthenticationError
@@ -48,7 +49,7 @@ def connect(verbose: bool, **limits: int) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
     port = _free_port()
     address = os.environ.get("RAY_ADDRESS", "")
-    _refuse_silent(address)
+    _refuse_closed(address)
     try:
         with _dashboard_known_to_workers(port):
             ray.init(
@@ -61,20 +62,17 @@ def connect(verbose: bool, **limits: int) -> None:
                 **limits,
             )
     except ConnectionError as error:
-        raise _no_cluster(address, error) from None
+        raise (_no_token(address) if _asks_for_token(address) else _no_cluster(address, error)) from None
     except AuthenticationError:
-        raise ResourceError(
-            f"the Ray cluster at {address!r} lets nobody in without its token, which is missing "
-            "or another one here; copy ~/.ray/auth_token from the machine that started the cluster, and set "
-            "RAY_AUTH_MODE=token"
-        ) from None
+        raise _no_token(address) from None
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
         raise ResourceError(_describe_versions(str(error))) from None
 
 
-def _refuse_silent(address: str) -> None:
+def _refuse_closed(address: str) -> None:
+    """Raise ResourceError where Ray would try for minutes: nobody listens, or a token is asked for and none given."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # such as "auto" or "local"
@@ -82,6 +80,25 @@ def _refuse_silent(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
     except OSError as error:
         raise _no_cluster(address, error) from None
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and _asks_for_token(address):
+        raise _no_token(address)
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether Ray's head node there refuses a question that comes without one. Ray's own error does not tell."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+    return False
+
+
+def _no_token(address: str) -> ResourceError:
+    return ResourceError(
+        f"the Ray cluster at {address!r} lets nobody in without its token, which is missing or another one here; copy "
+        "~/.ray/auth_token from the machine that started the cluster, and set RAY_AUTH_MODE=token"
+    )
 
 
 def _no_cluster(address: str, error: OSError) -> ResourceError:
