@@ -59,6 +59,7 @@ def rehearse(folder: Path, *, verbose: bool) -> Check:
     Raises NucisegError where a run cannot be trained at all, such as ResourceError without CPUs for two workers.
     """
     config = load_config(overrides=TINY)
+    made = [each for each in folder.parents if not each.exists()]
     run_training(job_of(config, folder / "undisturbed", verbose=verbose))
     start = time.monotonic()
     with _worker_killed(folder / "killed") as killing:
@@ -70,6 +71,8 @@ def rehearse(folder: Path, *, verbose: bool) -> Check:
     if differences:
         return failed("recovery", f"a worker was killed on node {killing.node}, and {differences}; look into {folder}")
     shutil.rmtree(folder)
+    for each in made:
+        each.rmdir()
     return passed(
         "recovery",
         f"a worker was killed on node {killing.node}; the run went on under the same W&B id, logged each of {EPOCHS} "

@@ -54,10 +54,10 @@ def test_what_is_wrong_is_said_and_the_rest_is_looked_at(tmp_path: Path, capsys:
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_worker_was_killed(tmp_path: Path) -> None:
     before = worker_pids(alive=False)
-    check = rehearsal.rehearse(tmp_path / "rehearsed", verbose=False)
+    check = rehearsal.rehearse(tmp_path / "runs" / "rehearsed", verbose=False)
     assert check.passed, check.said
     assert "the run went on under the same W&B id, logged each of 8 epochs once" in check.said
-    assert not (tmp_path / "rehearsed").exists()
+    assert not (tmp_path / "runs").exists()
     assert len(worker_pids(alive=False) - before) == 6, "two workers of the calm run, two and two more of the other"
 
 
