@@ -6,8 +6,8 @@ DATA holds train/images and train/masks, of which StarDist's examples hold out s
 not touched. Prints, and gives in the last line as one JSON object:
 
 - `ceiling_NAME`: pooled AP at IoU .5, .7 and .9 of what the true maps of the validation images decode to
-- `decoded_NAME`: the same and the mean of .5 to .9 of the network's maps, decoded by depth as the checkpoint has it, and
-  by foreground and border alone (the best of six settings)
+- `decoded_NAME`: the same and the mean of .5 to .9 of the network's maps, decoded by depth as the checkpoint has it,
+  and by foreground and border alone (the best of six settings)
 - `decode_ms_per_megapixel`: of the 16 densest validation images of 256 x 256 pixels side by side, on one core
 - `size_FACTOR`: pooled AP at .5 of every ninth validation image, enlarged so and made 16-bit, sizes estimated
 - `same_in_tiles`: nuclei of a mosaic of twelve training images that are the same to the pixel, by width of the rim

@@ -12,7 +12,7 @@ from nuciseg.errors import ConfigError
 VERBS = {
     "explore": "look at a data set: figures, faults, leaks, the best possible score, and what to train with",
     "plan": "estimate hours, disk and dollars of a search or run, before it starts",
-    "doctor": "see whether this machine or cluster can train: versions, GPUs, network, storage, data, W&B, clocks, disk",
+    "doctor": "see whether this machine or cluster can train: versions, GPUs, network, storage, data, W&B, disk",
     "tune": "search for the best network, train the winner to the end and evaluate it",
     "train": "train one network on any number of workers",
     "evaluate": "score a network beside trivial baselines, with a picture of each image, worst first",

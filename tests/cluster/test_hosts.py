@@ -25,7 +25,7 @@ def test_hosts_have_files_processes_and_names_of_their_own(tmp_path: Path) -> No
     with Lan(tmp_path / "lan", shared=[shared]) as lan:
         laptop = lan.add("laptop", 1, has_key=True)
         one = lan.add("one", 2)
-        there = f"{SSH} {one.address} 'hostname; command -v python; touch ~/mine /tmp/mine {shared}/ours; ls /proc'"
+        there = f"{SSH} {one.address} 'hostname; command -v python; touch ~/mine {shared}/ours; ls /proc'"
         name, python, *processes = laptop.run(there, timeout_s=30).stdout.splitlines()
         assert name == "one"
         assert python == f"{sys.prefix}/bin/python"
