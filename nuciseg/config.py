@@ -113,7 +113,7 @@ class ScaleConfig(Section):
     """Workers and what each has."""
 
     num_workers: int = Field(1, ge=1, description="data-parallel workers of a run (of each trial in a search)")
-    use_gpu: bool | None = Field(None, description="one GPU a worker; none: where the cluster has GPUs or may grow to them")
+    use_gpu: bool | None = Field(None, description="one GPU a worker; none: where the cluster has, or may get, GPUs")
     cpus_per_worker: int | None = Field(None, ge=1, description="CPUs a worker; none: all, in a trial 1 (GPU: 4)")
 
 
