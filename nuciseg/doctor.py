@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nuciseg.cli import Parser, run_verb
+from nuciseg.errors import ConfigError
 
 if TYPE_CHECKING:
     from nuciseg.distributed.checks import Check
@@ -18,13 +19,14 @@ DESCRIPTION = """\
 See in under a minute whether this machine, or the Ray cluster that RAY_ADDRESS names, can do what a configuration asks.
 
 A line a check: passed, or what is wrong and what to do. Every node is asked for its versions, GPUs, data, W&B, clock
-and disk; workers sum gradients; the storage is probed. The exit code is 1 where a check failed. Nothing is left behind.
+and disk; workers sum gradients; the storage is probed. Nothing is left behind. The exit code is 1 where a check failed,
+2 where a cluster file did.
 """
 NAME_WIDTH = len("all-reduce")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print each check as it is done, and leave with exit code 1 where one failed. Raises ConfigError."""
+    """Print each check as it is done; leave with exit code 1 where one failed, 2 where a file did. Raises ConfigError."""
     from nuciseg.config import add_config_flags, config_from_args
 
     parser = Parser("doctor", DESCRIPTION)
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(f"{num_failed} of {len(done)} checks failed" if num_failed else f"all {len(done)} checks passed")
     if num_failed:
-        sys.exit(1)
+        sys.exit(1 if args.cluster is None else ConfigError.exit_code)  # a wrong file is the user's own mistake
 
 
 def _printed(checks: Iterator[Check]) -> Iterator[Check]:

@@ -28,7 +28,7 @@ def answer(*words: str | Path) -> int:
 def test_a_cluster_file_is_checked_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text(GOOD.replace("provider:", "max_wokers: 3\nprovider:"))
-    assert answer("--cluster", path) == 1
+    assert answer("--cluster", path) == 2
     lines = capsys.readouterr().out.splitlines()
     [fault] = [line for line in lines if "max_wokers" in line]
     assert fault.startswith(
@@ -39,7 +39,7 @@ def test_a_cluster_file_is_checked_offline(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_cannot_be_read_is_no_cluster_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert answer("--cluster", tmp_path / "none.yaml", "--json") == 1
+    assert answer("--cluster", tmp_path / "none.yaml", "--json") == 2
     [check] = json.loads(capsys.readouterr().out)
     assert (check["name"], check["passed"]) == ("cluster", False)
     assert "none.yaml cannot be read" in check["said"]
