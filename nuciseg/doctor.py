@@ -26,7 +26,7 @@ NAME_WIDTH = len("all-reduce")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print each check as it is done; leave with exit code 1 where one failed, 2 where a file did. Raises ConfigError."""
+    """Print each check; leave with exit code 1 where one failed, 2 where a cluster file did. Raises ConfigError."""
     from nuciseg.config import add_config_flags, config_from_args
 
     parser = Parser("doctor", DESCRIPTION)
