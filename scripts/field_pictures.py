@@ -9,11 +9,12 @@ DATA holds {train,test}/{images,masks}. Of the test images the upper left corner
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nuciseg.cli import run_verb
 from nuciseg.config import DataConfig
@@ -23,7 +24,9 @@ from nuciseg.engine.inference import predict_instances
 from nuciseg.engine.network import load_network
 from nuciseg.images import write_png
 from nuciseg.metrics import score_image
-from nuciseg.plots import RGB, contact_sheet, triptych
+from nuciseg.plots import contact_sheet, triptych
+
+Images = tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32]]  # input, truth, prediction
 
 CORNER = np.s_[:256, :256]
 SHAPES = ((256, 256), (360, 360), (520, 696))
@@ -38,27 +41,23 @@ def main() -> None:
     arguments = parser.parse_args()
     network, _ = load_network(find_checkpoint(arguments.checkpoint), torch.device("cpu"))
     samples = open_samples(DataConfig(root=arguments.data, format="labels"), "test")
-    scored: list[tuple[float, str, RGB]] = []
-    by_shape: dict[tuple[int, ...], list[tuple[float, str, RGB]]] = defaultdict(list)
+    scored: list[tuple[float, str, Images]] = []
     for found, instances in predict_instances(network, samples, range(len(samples.ids))):
         sample = samples[found.index]
         nothing_HW = np.zeros(sample.labels_HW.shape, bool)
         scores = score_image(found.id, instances.labels_HW, sample.labels_HW, nothing_HW, nothing_HW)
-        row = (
-            scores.average_precision(50),
-            found.id,
-            triptych(
-                sample.image_HWC[CORNER], sample.labels_HW[CORNER], instances.labels_HW[CORNER], found.id[:12],
-                cell_px=224,
-            ),
-        )  # fmt: skip
-        scored.append(row)
-        by_shape[sample.labels_HW.shape].append(row)
-    typical = [sorted(by_shape[shape])[len(by_shape[shape]) // 2] for shape in SHAPES]
+        images = (sample.image_HWC, sample.labels_HW, instances.labels_HW)
+        scored.append((scores.average_precision(50), found.id, images))
+    scored.sort(key=lambda row: row[:2])
+    of_shape = [[row for row in scored if row[2][1].shape == shape] for shape in SHAPES]
+    typical = [rows[len(rows) // 2] for rows in of_shape]
     legend = "input, truth, prediction; red: no partner of IoU >= .5"
-    for name, rows, columns in (("fields", typical, 1), ("fields_worst", sorted(scored)[:NUM_WORST], 2)):
+    for name, rows, columns in (("fields", typical, 1), ("fields_worst", scored[:NUM_WORST], 2)):
         path = arguments.out / f"{name}.png"
-        write_png(path, contact_sheet([picture for _, _, picture in rows], columns, legend=legend))
+        panels = [
+            triptych(*(each[CORNER] for each in images), id[:12], failed=False, cell_px=224) for _, id, images in rows
+        ]
+        write_png(path, contact_sheet(panels, columns, legend=legend))
         print(f"{path}: " + ", ".join(f"{id[:12]} AP .5 {score:.3f}" for score, id, _ in rows))
 
 
