@@ -108,6 +108,14 @@ def test_explore(workplace: Workplace) -> None:
     assert (workplace.folder / "explore.html").exists()
 
 
+def test_plan(workplace: Workplace) -> None:
+    assert "hours" in workplace.run(example("plan").replace("DIR", str(workplace.data_root)))
+
+
+def test_doctor(workplace: Workplace) -> None:
+    assert "passed" in workplace.run(example("doctor").replace("DIR", str(workplace.data_root)))
+
+
 def test_train(checkpoint: Path) -> None:
     assert checkpoint.exists()
 
