@@ -28,6 +28,7 @@ NUM_LOGICAL_CPUS = 4  # Ray schedules by this number, not by cores: enough for t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--run-cluster", action="store_true", help="also launch clusters of several hosts (root, Debian)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,12 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-slow"):
-        return
-    skip = pytest.mark.skip(reason="slow: give --run-slow")
     for item in items:
         if "slow" in item.keywords:
-            item.add_marker(skip)
+            option = "--run-cluster" if "cluster" in item.path.parts else "--run-slow"
+            if not config.getoption(option):
+                item.add_marker(pytest.mark.skip(reason=f"slow: give {option}"))
 
 
 def _real_data(name: str) -> Path:
