@@ -2,7 +2,8 @@
 #
 #   docker build -t nuciseg .                          for NVIDIA GPUs on x86-64: PyTorch brings its own CUDA libraries, the
 #                                                      host gives the driver (docker run --gpus all)
-#   docker build -t nuciseg --build-arg COMPUTE=cpu .  without CUDA: several GB smaller
+#   docker build -t nuciseg --build-arg COMPUTE=cpu --build-arg TORCH_INDEX_URL=URL .
+#                                                      without CUDA, several GB smaller; URL: the index of PyTorch's CPU wheels
 #   docker run --rm --shm-size 2g nuciseg              the smoke test: searches on drawn clusters, then removes what it made
 #   docker run --rm --shm-size 2g -v "$PWD:/data" nuciseg python -m nuciseg.train --data.root /data --run.storage_path /data/runs
 #
@@ -21,13 +22,13 @@ ENV PATH=/opt/nuciseg/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK
 ENV PIP_CONSTRAINT=/src/image-constraints.txt
 COPY scripts/image-constraints.txt /src/
 ARG COMPUTE=cuda
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX_URL=""
 # The largest layer first and by the pins alone, so that a change of the code does not install PyTorch again. What it
 # depends on comes from PyPI below where there is no CUDA: its own index has not every version of it.
 RUN grep '^torch' /src/image-constraints.txt > /src/torch.txt \
     && case "${COMPUTE}" in \
         cuda) pip install --requirement /src/torch.txt ;; \
-        cpu) pip install --index-url "${TORCH_INDEX_URL}" --no-deps --requirement /src/torch.txt ;; \
+        cpu) pip install --index-url "${TORCH_INDEX_URL:?give the index of the CPU wheels of PyTorch}" --no-deps --requirement /src/torch.txt ;; \
         *) echo "COMPUTE is ${COMPUTE}; give cuda or cpu" >&2; exit 1 ;; \
     esac
 COPY pyproject.toml LICENSE README.md /src/

@@ -74,8 +74,14 @@ def filled_in(nodes: list[Host]) -> str:
 
 
 def test_status_shows_all_hosts(cluster: OnPrem) -> None:
-    said = cluster.laptop.run(f"ray exec {CLUSTER} 'ray status'", timeout_s=200).stdout
-    assert "0.0/6.0 CPU" in said
+    said = ""
+
+    def all_are_there() -> bool:
+        nonlocal said
+        said = cluster.laptop.run(f"ray exec {CLUSTER} 'ray status'", timeout_s=200).stdout
+        return "0.0/6.0 CPU" in said
+
+    wait_for(all_are_there, "three hosts of two CPUs", 300, told=lambda: said)
     assert "no pending nodes" in said.lower()
 
 
