@@ -1,4 +1,4 @@
-"""Every configuration that comes with nuciseg can be used: each of its arms takes a step on drawn clusters or fields."""
+"""Every configuration that comes with nuciseg can be used: each of its arms takes a step on drawn images."""
 
 from __future__ import annotations
 
