@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ def connect(verbose: bool, **limits: int) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     _refuse_closed(address)
     try:
-        with _dashboard_known_to_workers(port):
+        with _environment_of_workers(port):
             ray.init(
                 include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
                 dashboard_host="127.0.0.1",
@@ -119,21 +119,32 @@ def _describe_versions(of_ray: str) -> str:
 
 
 @contextmanager
-def _dashboard_known_to_workers(port: int) -> Iterator[None]:
-    """What is started in the block inherits the dashboard's address.
+def _environment_of_workers(dashboard_port: int) -> Iterator[None]:
+    """What is started in the block inherits the dashboard's address, and no W&B service of this process.
 
     Ray Train frees the places of stopped trials by asking the dashboard. Left to itself it looks for Ray's processes
     on the machine, and where another Ray runs there too it gives up, so that the next trial waits for ever.
+    W&B's service ends when this process asks it to: a worker that was told of it would have nobody to write to.
     """
-    before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    inherited: dict[str, str | None] = {
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
+        "WANDB_SERVICE": None,
+    }
+    before = {name: os.environ.get(name) for name in inherited}
+    _set_environment(inherited)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
+        _set_environment(before)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    """Set each variable; None takes it away."""
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
         else:
-            os.environ["RAY_API_SERVER_ADDRESS"] = before
+            os.environ[name] = value
 
 
 def _free_port() -> int:

@@ -140,6 +140,10 @@ def test_search_of_two_hosts_a_trial_goes_on_while_the_laptop_is_closed(cluster:
 
 
 def test_down_leaves_no_process(cluster: OnPrem) -> None:
-    cluster.laptop.run(f"ray down --yes {CLUSTER}", timeout_s=300)
+    said = cluster.laptop.run(f"ray down --yes {CLUSTER}", timeout_s=300).stdout
+
+    def left() -> str:
+        return "\n".join(f"{node.name}: {line[:120]}" for node in cluster.nodes for line in node.processes())
+
     # A raylet whose head is gone gives up after a minute.
-    wait_for(lambda: not any(node.processes() for node in cluster.nodes), "the end of Ray on all hosts", 150)
+    wait_for(lambda: not left(), "the end of Ray on all hosts", 150, told=lambda: f"{said}\n{left()}")
