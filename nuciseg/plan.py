@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,7 @@ def _measured(models: Sequence[Config], data: TrainingSet, device: torch.device)
 
     from nuciseg.engine.pace import measure_pace
 
+    print("measuring here: two short epochs of each network ...", file=sys.stderr, flush=True)
     config = models[0]
     threads = config.scale.cpus_per_worker or (1 if config.search.space else None)
     if device.type == "cpu" and threads is not None:

@@ -66,7 +66,9 @@ def test_hours_and_dollars_follow_from_the_seconds_of_a_step(config: Path, capsy
 
 def test_the_networks_of_the_space_are_measured_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = {"model": {"choice": [{"kind": "unet", "depth": 2, "width": 4}, {"kind": "baseline"}]}}
-    said = plan(capsys, "--config", config, "--search.space", json.dumps(space))
+    main(["--config", str(config), "--search.space", json.dumps(space)])
+    said, progress = capsys.readouterr()
+    assert progress == "measuring here: two short epochs of each network ...\n"
     found = re.findall(r"network (\w+): ([\d,]+) parameters, ", said)
     assert [kind for kind, _ in found] == ["unet", "baseline"]
     assert found[0][1] != found[1][1]

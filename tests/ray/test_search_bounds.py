@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from small_runs import last_checkpoint, logged_epochs, small_config
 
+from nuciseg import tune
+from nuciseg.cli import run_verb
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.limits import Limits, SearchEndedError, spent_seconds
 from nuciseg.distributed.runs import trial_disk_bytes
@@ -49,7 +51,6 @@ def hour_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_until_bound(config: Config, folder: Path) -> SearchEndedError:
     with pytest.raises(SearchEndedError) as ended:
         start_search(config, folder, verbose=False)
-    assert ended.value.exit_code == LimitReachedError.exit_code == 3
     return ended.value
 
 
@@ -84,16 +85,20 @@ def test_at_the_last_hour_running_trials_leave_a_checkpoint_and_no_other_begins(
 
 
 @pytest.mark.usefixtures("hour_passes")
-def test_a_higher_bound_lets_it_go_on_where_it_was(tmp_path: Path) -> None:
+def test_a_higher_bound_lets_it_go_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "search"
     ended = run_until_bound(bounded(**{"search.max_hours": 1.0, "train.epochs": 12}), folder)
     spent = spent_seconds(folder)
     kept = {trial.id: last_checkpoint(folder / trial.id).progress.history for trial in ended.trials}
     assert any(len(history) < 12 for history in kept.values())
 
-    with pytest.raises(SearchEndedError) as again:
-        resume(folder)
-    assert [(trial.id, trial.epochs) for trial in again.value.trials] == [(t.id, t.epochs) for t in ended.trials]
+    with pytest.raises(SystemExit) as exit_:
+        run_verb(lambda: tune.main(["--resume", str(folder)]))
+    assert exit_.value.code == LimitReachedError.exit_code == 3
+    said = capsys.readouterr()
+    assert f"--resume {folder} --max-hours MORE" in said.err, said
+    rows = json.loads((folder / RESULTS_FILE).read_text())
+    assert [(row["id"], row["epochs"]) for row in rows] == [(t.id, t.epochs) for t in ended.trials]
 
     trials = resume(folder, **{"search.max_hours": 100.0})
     assert spent_seconds(folder) > spent
