@@ -8,6 +8,8 @@ not touched. Prints, and gives in the last line as one JSON object:
 - `ceiling_NAME`: pooled AP at IoU .5, .7 and .9 of what the true maps of the validation images decode to
 - `decoded_NAME`: the same and the mean of .5 to .9 of the network's maps, decoded by depth as the checkpoint has it,
   and by foreground and border alone (the best of six settings)
+- `found_from_PX`: of the true nuclei whose diameter is that or more (and less than the next), the share that was found
+  at IoU .5, and their number
 - `decode_ms_per_megapixel`: of the 16 densest validation images of 256 x 256 pixels side by side, on one core
 - `size_FACTOR`: pooled AP at .5 of every ninth validation image, enlarged so and made 16-bit, sizes estimated
 - `same_in_tiles`: nuclei of a mosaic of twelve training images that are the same to the pixel, by width of the rim
@@ -41,6 +43,7 @@ from nuciseg.types import Sample
 
 Labels = NDArray[np.int32]
 PERCENTS = (50, 70, 90)
+DIAMETERS_PX = (0, 5, 10, 15, 20, 25, 30, 40)
 FACTORS = (1.0, 0.5, 2.0, 4.0)
 FIELD_SHAPE = (520, 696)  # of the images that the mosaic is made of
 RIMS = {"128": 1024, "256": 2048}  # width of the rim, px: side of the tiles
@@ -59,6 +62,7 @@ def main() -> None:
     found = {each.index: each.maps_KHW for each in predict_probabilities(predictor.network, samples, validation)}
     maps = [found[index] for index in validation]
     result = {**ceilings(true), **decodings(predictor.network.target, maps, true)}
+    result |= found_by_diameter(predictor.network.target, maps, true)
     result["decode_ms_per_megapixel"] = decode_ms(predictor.network.target, maps, true)
     result |= sizes(predictor, [samples[index] for index in validation[::9]])
     fields = [each for each in (samples[i].image_HWC[..., 0] for i in range(len(samples))) if each.shape == FIELD_SHAPE]
@@ -103,6 +107,37 @@ def decodings(target: Target, maps: Sequence[NDArray[np.float32]], true: Sequenc
     tried = [by_border(threshold, gap) for threshold in (0.1, 0.3) for gap in (0.0, 0.3, 0.55)]
     by_depth = aps((target.decode(maps_KHW).labels_HW, true_HW) for maps_KHW, true_HW in zip(maps, true, strict=True))
     return {"decoded_depth": by_depth, "decoded_touching_border": max(tried, key=lambda figures: figures[-1])}
+
+
+def found_by_diameter(
+    target: Target, maps: Sequence[NDArray[np.float32]], true: Sequence[Labels]
+) -> dict[str, tuple[float, int]]:
+    diameters, overlaps = [], []
+    for maps_KHW, true_HW in zip(maps, true, strict=True):
+        areas_px, iou = best_overlaps(np.maximum(true_HW, 0), target.decode(maps_KHW).labels_HW)
+        diameters.append(np.sqrt(4 / np.pi * areas_px))
+        overlaps.append(iou)
+    diameter_N, iou_N = np.concatenate(diameters), np.concatenate(overlaps)
+    in_bin_N = np.digitize(diameter_N, DIAMETERS_PX) - 1
+    shares = {}
+    for number, least_px in enumerate(DIAMETERS_PX):
+        inside_N = in_bin_N == number
+        if inside_N.any():
+            share = round(float(np.mean(iou_N[inside_N] > 0.5)), 3)
+            shares[f"found_from_{least_px}"] = (share, int(np.count_nonzero(inside_N)))
+    return shares
+
+
+def best_overlaps(true_HW: Labels, found_HW: Labels) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The area of each true nucleus, and its largest IoU with a nucleus that was found."""
+    pairs_P2, shared_px = np.unique(np.stack([true_HW.ravel(), found_HW.ravel()], axis=1), axis=0, return_counts=True)
+    true_px, found_px = np.bincount(true_HW.ravel()), np.bincount(found_HW.ravel())
+    both = (pairs_P2 > 0).all(axis=1)
+    true_P, found_P = pairs_P2[both].T
+    best = np.zeros(len(true_px))
+    np.maximum.at(best, true_P, shared_px[both] / (true_px[true_P] + found_px[found_P] - shared_px[both]))
+    exists = np.flatnonzero(true_px[1:]) + 1
+    return true_px[exists], best[exists]
 
 
 def decode_ms(target: Target, maps: Sequence[NDArray[np.float32]], true: Sequence[Labels]) -> dict[str, int]:
