@@ -37,7 +37,7 @@ from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
 from nuciseg.distributed.storage import require_shared
 from nuciseg.distributed.training import fit_workers, reported
-from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, describe, plain_values
+from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, best_first, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
@@ -340,8 +340,9 @@ def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
 def _concluded(results: tune.ResultGrid, plan: Plan, unfinished: Collection[str]) -> list[Trial]:
     """The trials that came to an epoch or a failure, best first; those that can go on are not logged to their end."""
     found = [_trial(each, plan.base, plan.folder) for each in results]
-    trials = [trial for trial in found if trial.epochs or trial.failure is not None or trial.id not in unfinished]
-    trials.sort(key=lambda trial: trial.rank, reverse=True)
+    trials = best_first(
+        trial for trial in found if trial.epochs or trial.failure is not None or trial.id not in unfinished
+    )
     for trial in trials:
         if trial.failure is None and trial.id not in unfinished:
             conclude_stopped(_trial_job(trial.sample, plan, trial.id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Trial:
             lowest if self.score is None else self.score,
             lowest if self.tie_break is None else self.tie_break,
         )
+
+
+def best_first(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials by rank; of equals the one that was drawn first, however often the search was taken up."""
+    return sorted(sorted(trials, key=lambda trial: trial.id), key=lambda trial: trial.rank, reverse=True)
 
 
 def searches_in(folder: Path) -> list[Path]:
