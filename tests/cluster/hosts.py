@@ -41,6 +41,7 @@ StrictModes no
 PidFile none
 MaxStartups 100
 MaxSessions 100
+ClientAliveInterval 5
 """
 
 # The host's folders go over the machine's; what it shares with the machine is kept aside first, and put back read-only
