@@ -19,7 +19,7 @@ from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
 
-_FAILURE_FILE = "failure.json"
+FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
 STOP_FILE = "stop"
 
@@ -30,14 +30,14 @@ def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> N
     if isinstance(error, OutOfMemoryError) and parts_factor == 1:
         write_json({"reason": str(error)}, run_dir / _SMALLER_PARTS_FILE)
         return
-    if not (run_dir / _FAILURE_FILE).exists():
-        write_json({"kind": type(error).__name__, "message": str(error)}, run_dir / _FAILURE_FILE)
+    if not (run_dir / FAILURE_FILE).exists():
+        write_json({"kind": type(error).__name__, "message": str(error)}, run_dir / FAILURE_FILE)
 
 
 def noted_failure(run_dir: Path) -> NucisegError | None:
     """The reason why the run ended, or None."""
     try:
-        note = json.loads((run_dir / _FAILURE_FILE).read_text(encoding="utf-8"))
+        note = json.loads((run_dir / FAILURE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     kind: type[NucisegError] = getattr(errors, note["kind"])
@@ -51,7 +51,7 @@ def batch_parts_factor(run_dir: Path) -> int:
 
 def forget_failure(run_dir: Path) -> None:
     """Before a run is taken up again by hand. Its configuration file has the parts that the batch was cut into."""
-    for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE, STOP_FILE):
+    for name in (FAILURE_FILE, _SMALLER_PARTS_FILE, STOP_FILE):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -27,8 +27,8 @@ from filelock import FileLock
 from nuciseg.buckets import BucketFolder, StoredFile
 from nuciseg.data.cache import default_cache_dir
 from nuciseg.data.fetching import fetch_file
-from nuciseg.engine.checkpoint import METADATA_FILE, WAITS_S
-from nuciseg.errors import ResourceError, StorageAwayError, writing
+from nuciseg.engine.checkpoint import METADATA_FILE, WAITS_S, find_checkpoint
+from nuciseg.errors import CheckpointError, ResourceError, StorageAwayError, writing
 
 COPIES = "runs"  # below the cache folder
 NUM_THREADS = 8
@@ -75,7 +75,8 @@ class Mirror:
     def fetch(self, wanted: Callable[[str], bool] = lambda name: True) -> None:
         """Make the copy equal to the bucket, as far as its files are `wanted`; files that only the copy has go.
 
-        A checkpoint that did not come into the bucket whole is left out.
+        A file of the copy that is not `wanted` may be an older one. A checkpoint that did not come into the bucket
+        whole is left out.
         """
         if self.uri is None:
             return
@@ -188,10 +189,10 @@ class Mirror:
                 _drop_empty_folders(self.folder)
 
     def _fetch_missing(self, bucket: BucketFolder, index: dict[str, _Known], wanted: Callable[[str], bool]) -> set[str]:
-        """Fetch what the copy lacks; the names of all that it is to have."""
+        """Fetch what the copy lacks; the names of all files in the bucket."""
         there, here = self._listed(bucket), self._files()
-        names = {name for name in _whole(there) if wanted(name)}
-        missing = sorted(name for name in names if not _same(index, name, here, there))
+        names = set(_whole(there))
+        missing = sorted(name for name in names if wanted(name) and not _same(index, name, here, there))
         _each(missing, lambda name: self._fetch_one(bucket, there[name], index))
         return names
 
@@ -298,6 +299,17 @@ def fetched_to_read(location: Path | str, wanted: Callable[[str], bool] = lambda
     mirror = working_copy(location, "read")
     mirror.fetch(wanted)
     return mirror.folder
+
+
+def fetched_checkpoint(location: Path | str) -> Path:
+    """What `find_checkpoint` finds in a folder, or in a copy of one in a bucket. Raises as it does, ResourceError."""
+    if isinstance(location, Path):
+        return find_checkpoint(location)
+    folder = fetched_to_read(location, lambda name: name.startswith(("checkpoints/", "final/")) or "/" not in name)
+    try:
+        return find_checkpoint(folder)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), location)) from None
 
 
 def _stages(changed: Iterable[str], here: dict[str, _Stat]) -> list[list[str]]:

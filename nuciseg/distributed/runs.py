@@ -67,15 +67,18 @@ def check_storage(config: Config) -> None:
     require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
 
 
-def new_run(config: Config, default_name: str) -> Mirror:
-    """Make the folder of a new run. Raises ResourceError where that cannot be written, ConfigError where it exists."""
+def new_run(config: Config, default_name: str, *, below: bool = True) -> Mirror:
+    """Make the folder of a new run, or with `below` False of a search.
+
+    Raises ResourceError where that cannot be written, ConfigError where it exists.
+    """
     name = config.run.name or default_name
     if isinstance(config.run.storage_path, Path):
-        return Mirror(_new_folder(config.run.storage_path, name))
+        return Mirror(_new_folder(config.run.storage_path, name), below=below)
     uri = f"{config.run.storage_path.rstrip('/')}/{name}"
     if BucketFolder(uri).files():
         raise _exists(uri)
-    mirror = working_copy(uri, "work")
+    mirror = working_copy(uri, "work", below=below)
     mirror.fetch()  # nothing: the copy of one that was there before goes
     return mirror
 
