@@ -268,12 +268,13 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, search: Mirror, *
         raise TrainingError(f"every trial failed; the reasons stand above and in {search}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()
     print(f"best configuration:\n{sample}")
+    trial = search.inner(trials[0].id)
     if final:
-        missing = best.train.epochs - num_epochs(search.folder / trials[0].id)
+        missing = best.train.epochs - num_epochs(trial.folder)
         print(f"\ntraining the winner for {best.train.epochs} epochs" + (", as its trial was" if missing <= 0 else ""))
-        run, what = train_final(best, search, trials[0].id, verbose=verbose), "whole configuration"
+        run, what = train_final(best, search, trial, verbose=verbose), "whole configuration"
     else:
-        run, what = search.inner(trials[0].id), "configuration of this trial, its decoding not calibrated"
+        run, what = trial, "configuration of this trial, its decoding not calibrated"
     checkpoint = CheckpointStore(run.folder).best
     assert checkpoint is not None  # it was trained
     print(f"{what}: {run.shown(run.folder / CONFIG_FILE)}")

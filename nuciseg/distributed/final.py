@@ -28,13 +28,13 @@ def check_test_images(config: Config) -> None:
 FINAL_FOLDER = "final"
 
 
-def train_final(config: Config, search: Mirror, trial_id: str, *, verbose: bool) -> Mirror:
+def train_final(config: Config, search: Mirror, trial: Mirror, *, verbose: bool) -> Mirror:
     """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder.
 
     A winner whose trial was as long as `train.epochs` is there already: its checkpoints are taken over, and only what
     trials leave out, calibration, is done.
     """
-    run, trial = search.inner(FINAL_FOLDER), search.inner(trial_id)
+    run = search.inner(FINAL_FOLDER)
     run_dir = run.folder
     run.fetch()
     if CheckpointStore(run_dir).last is None and num_epochs(trial.folder) >= config.train.epochs:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from s3_server import demand_permission, make_bucket, put, serving_s3, use_server
-from small_runs import SMALL, assert_same_run
+from small_runs import SMALL, assert_same_run, logged_epochs, wait_until
 
-from nuciseg import buckets, train
+from nuciseg import buckets, evaluate, report, train
 from nuciseg.buckets import BucketFolder
 from nuciseg.cli import run_verb
 from nuciseg.config import merged
-from nuciseg.distributed.mirror import fetched_to_read
+from nuciseg.distributed.failures import ask_to_stop
+from nuciseg.distributed.mirror import fetched_to_read, working_copy
 
 NUM_EPOCHS = 8
 
@@ -54,21 +52,24 @@ def names_in(uri: str) -> list[str]:
     return [file.name for file in BucketFolder(uri).files()]
 
 
-def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(
+def test_a_stopped_run_goes_on_elsewhere_as_if_nothing_had_happened(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = f"{bucket}/runs/mine"
     where = ["--run.storage_path", f"{bucket}/runs", "--run.name", "mine"]
-    process = subprocess.Popen([sys.executable, "-m", "nuciseg.train", "--config", "run.yaml", *where])
+    copy = working_copy(uri, "work").folder
 
-    def num_epochs() -> int:
-        return BucketFolder(uri).read("metrics.jsonl").count(b"\n") if "metrics.jsonl" in names_in(uri) else 0
+    def stop() -> None:
+        wait_until(lambda: len(logged_epochs(copy)) >= 2, "two epochs")
+        ask_to_stop(copy)
 
-    while num_epochs() < 2 and process.poll() is None:
-        time.sleep(0.3)  # the server shares this process
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert num_epochs() < NUM_EPOCHS
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    assert answer(train.main, "--config", "run.yaml", *where) == 143
+    stopping.join()
+    assert f"go on with --resume {uri}" in capsys.readouterr().err
+    assert {"failure.json", "metrics.jsonl", "split.json"} <= set(names_in(uri))
+    assert BucketFolder(uri).read("metrics.jsonl").count(b"\n") < NUM_EPOCHS
     # Of a checkpoint whose writer died in the middle.
     put(f"{uri}/checkpoints/epoch-{NUM_EPOCHS - 1:04d}/weights.safetensors", b"half")
 
@@ -82,6 +83,10 @@ def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(
     fetched = fetched_to_read(uri)
     assert_same_run(fetched, Path("runs/undisturbed"))
     assert (fetched / "finished.json").exists()
+    assert "failure.json" not in names_in(uri)
+    assert answer(evaluate.main, "--checkpoint", uri, "--split", "validation") == 0
+    assert Path("evaluation-mine-validation/scores.json").exists()
+    assert answer(report.main, uri, "--out", "page.html") == 0
     assert answer(train.main, *where) == 2
     assert f"{uri} exists already; go on with it by --resume {uri}, or" in capsys.readouterr().err
     assert not Path("s3:").exists()
