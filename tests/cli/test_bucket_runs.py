@@ -115,4 +115,4 @@ def test_what_cannot_be_written_to_ends_in_one_sentence(
     use_server("http://127.0.0.1:9", monkeypatch)
     assert "the storage cannot be reached" in refused(*new, f"{bucket}/runs")
     assert "the storage cannot be reached" in refused("--resume", f"{bucket}/runs/mine")
-    assert os.listdir() == ["run.yaml"], "no folder is left behind"
+    assert set(os.listdir()) == {"run.yaml", "cache"}, "no folder is left behind"

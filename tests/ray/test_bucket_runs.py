@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from s3_server import make_bucket, serving_s3, use_server
-from small_runs import SMALL, assert_same_run, logged_epochs, small_config
+from small_runs import SMALL, last_checkpoint
 
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import merged
-from nuciseg.distributed.mirror import fetched_to_read, working_copy
-from nuciseg.distributed.training import run_training
-from nuciseg.distributed.worker import FINISHED_FILE, Job
-from nuciseg.tracking import RunIdentity
+from nuciseg.distributed.mirror import fetched_to_read
+from nuciseg.distributed.worker import FINISHED_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+Start = Callable[..., psutil.Popen]
 NUM_EPOCHS = 8
 SEARCH = {
     "train": {"epochs": NUM_EPOCHS},
@@ -48,14 +48,31 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"s3://{make_bucket(address)}"
 
 
-def tune(folder: Path, cache: str, *words: str) -> psutil.Popen:
-    environment = {**os.environ, "NUCISEG_CACHE": str(folder / cache)}
-    command = [sys.executable, "-m", "nuciseg.tune", *words]
-    with (folder / f"{cache}.log").open("w") as log:
-        return psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a verb on a machine of its own: its cache is a folder of the name that is given first, so is its log."""
+    started: list[psutil.Popen] = []
+
+    def start_verb(machine: str, verb: str, *words: str) -> psutil.Popen:
+        environment = {**os.environ, "NUCISEG_CACHE": str(tmp_path / machine)}
+        command = [sys.executable, "-m", f"nuciseg.{verb}", *words]
+        with (tmp_path / f"{machine}.log").open("w") as log:
+            started.append(psutil.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start_verb
+    for driver in started:
+        if driver.poll() is None:
+            end([*driver.children(recursive=True), driver])
 
 
-def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Path) -> None:
+def end(family: list[psutil.Process]) -> None:
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Path, start: Start) -> None:
     uri = f"{bucket}/runs/search"
     where = {"run": {"storage_path": f"{bucket}/runs", "name": "search"}}
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(merged(SMALL, merged(SEARCH, where))))
@@ -68,21 +85,19 @@ def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Pat
         logs = [name for name in names("/metrics.jsonl") if name.split("/")[0] not in finished]
         return [name for name in logs if BucketFolder(uri).read(name).count(b"\n") >= 2]
 
-    driver = tune(tmp_path, "first", "--config", "search.yaml")
+    driver = start("first", "tune", "--config", "search.yaml")
     while not (names(FINISHED_FILE) and running()) and driver.is_running() and driver.poll() is None:
         time.sleep(0.5)  # the server shares this process
     family = driver.children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, (tmp_path / "first.log").read_text()
     psutil.wait_procs(family, timeout=30)
-    for process in family:
-        if process.is_running():
-            process.kill()
+    end(family)
     (finished,), (begun,) = names(FINISHED_FILE), running()
     kept = BucketFolder(uri).read(begun).split(b"\n")[0]
     checkpoints = {name for name in names(".safetensors") if name.startswith(finished.split("/")[0])}
 
-    second = tune(tmp_path, "second", "--resume", uri)
+    second = start("second", "tune", "--resume", uri)
     log = tmp_path / "second.log"
     assert second.wait() == 0, log.read_text()
     assert f"search folder: {uri}\n" in log.read_text()
@@ -94,14 +109,19 @@ def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Pat
     assert len(names(FINISHED_FILE)) == 2
 
 
-def test_two_workers_meet_in_the_bucket_alone(bucket: str, ray_session: None, tmp_path: Path) -> None:
-    config = small_config(**{"scale.num_workers": 2, "scale.cpus_per_worker": 1, "tracking.kind": "none"})
-    identity = RunIdentity("two", "two", "tests", "train")
-    run_training(Job(config, tmp_path / "plain", identity))
+def test_two_workers_meet_in_the_bucket_alone(bucket: str, tmp_path: Path, start: Start) -> None:
     uri = f"{bucket}/runs/two"
-    mirror = working_copy(uri, "work")
-    run_training(Job(config, mirror.folder, identity, bucket=uri))
-    assert logged_epochs(mirror.folder) == [1, 2, 3, 4]
-    assert_same_run(mirror.folder, tmp_path / "plain")
-    assert_same_run(fetched_to_read(uri), tmp_path / "plain")
-    assert (working_copy(uri, "workers").folder / FINISHED_FILE).exists(), "written by workers, fetched by the driver"
+    where = {
+        "run": {"storage_path": f"{bucket}/runs", "name": "two"},
+        "scale": {"num_workers": 2, "cpus_per_worker": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(merged(SMALL, where)))
+    driver = start("cache", "train", "--config", "run.yaml")
+    assert driver.wait() == 0, (tmp_path / "cache.log").read_text()
+    said = (tmp_path / "cache.log").read_text()
+    assert f"best checkpoint: {uri}/checkpoints/epoch-" in said
+    assert "epoch 4/4" in said, "the driver follows what the workers push"
+    copies = {path.relative_to(tmp_path / "cache" / "runs").parts[0] for path in tmp_path.rglob(FINISHED_FILE)}
+    assert copies == {"work", "workers"}
+    assert last_checkpoint(fetched_to_read(uri)).progress.epoch == 4
+    assert not [file.name for file in BucketFolder(uri).files() if file.name.startswith("failure")]
