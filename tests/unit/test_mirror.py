@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from s3_server import make_bucket, put, serving_s3, use_server
+from s3_server import demand_permission, make_bucket, put, serving_s3, use_server
 
 from nuciseg import buckets
 from nuciseg.buckets import BucketFolder
 from nuciseg.distributed import mirror as module
 from nuciseg.distributed.mirror import Mirror, fetched_to_read, opened, working_copy
+from nuciseg.distributed.storage import _what_is_wrong_in_bucket, require_shared
 from nuciseg.errors import ResourceError, StorageAwayError
 
 
@@ -205,6 +206,20 @@ def test_what_cannot_be_opened_is_one_sentence(uri: str) -> None:
         opened("s3://no-such-bucket/x")
     with pytest.raises(ResourceError, match=rf"^{uri} holds no files; give the address that train or tune printed$"):
         fetched_to_read(uri)
+
+
+def test_a_node_says_what_is_wrong_with_the_bucket(server: str, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_shared(uri)  # this machine alone: no Ray is there
+    BucketFolder(uri).write(".probe", b"token")
+    assert _what_is_wrong_in_bucket(uri, ".probe") is None
+    assert stored(uri) == {".probe": "token"}
+    demand_permission(server, True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    buckets._s3.cache_clear()
+    try:
+        assert (_what_is_wrong_in_bucket(uri, ".probe") or "").startswith(f"cannot use it ({uri}/.probe: access is den")
+    finally:
+        demand_permission(server, False)
 
 
 def test_copies_of_one_run_do_not_meet(uri: str) -> None:
