@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, PlainValidator
+from pydantic import PlainValidator
 
-from nuciseg.errors import ResourceError
+from nuciseg.errors import ResourceError, StorageAwayError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -32,9 +32,13 @@ NUM_ATTEMPTS = 5
 GCS_RETRIES_FOR_S = 60
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_AWAY = (
+    "network_connection", "could not resolve", "could not connect", "unavailable", "slow_down", "request_timeout",
+    "internal_failure", "http status 5",
+)  # fmt: skip
 
 
-def _location(value: object) -> Path | str:
+def location(value: object) -> Path | str:
     """Text with a scheme stays text: as a path it would lose a slash. Raises ValueError."""
     if not isinstance(value, (str, Path)):
         raise ValueError("give a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER")
@@ -46,20 +50,8 @@ def _location(value: object) -> Path | str:
     return str(value)
 
 
-Location = Annotated[Path | str, PlainValidator(_location)]
+Location = Annotated[Path | str, PlainValidator(location)]
 """A folder: text is one in a bucket, a path one of this machine."""
-
-
-def _mounted(value: object) -> object:
-    if _SCHEME.match(str(value)):
-        raise ValueError(
-            "runs are written to folders alone; give one on storage that all nodes share: NFS, EFS, Filestore or FSx"
-        )
-    return value
-
-
-MountedFolder = Annotated[Path, BeforeValidator(_mounted)]
-"""A folder of this machine: as a path, the address of a bucket would become a folder called `s3:`."""
 
 
 def is_bucket(location: Path | str) -> bool:
@@ -87,12 +79,12 @@ class BucketFolder:
         with _explained(self.uri):
             self.system = _s3(self.bucket) if scheme == "s3" else _gcs()
 
-    def files(self) -> list[StoredFile]:
-        """All files below the folder, by name; [] where there is none."""
+    def files(self, *, below: bool = True) -> list[StoredFile]:
+        """All files in the folder, and in those below it unless told otherwise, by name; [] where there is none."""
         from pyarrow.fs import FileSelector, FileType
 
         with _explained(self.uri):
-            found = self.system.get_file_info(FileSelector(self.path, recursive=True, allow_not_found=True))
+            found = self.system.get_file_info(FileSelector(self.path, recursive=below, allow_not_found=True))
             if not found and self.system.get_file_info(self.bucket).type == FileType.NotFound:
                 raise ResourceError(f"{self.uri}: there is no bucket {self.bucket!r}; check its name, or make it")
         files = [
@@ -112,6 +104,11 @@ class BucketFolder:
         with _explained(f"{self.uri}/{name}"), self.open_input(name) as stream:
             data: bytes = stream.read()
             return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """Store `data` as a file."""
+        with _explained(f"{self.uri}/{name}"), self.system.open_output_stream(f"{self.path}/{name}") as stream:
+            stream.write(data)
 
     def upload(self, path: Path, name: str) -> None:
         """Store the file at `path`, whole or not at all: an object is there once its last byte has come."""
@@ -164,10 +161,16 @@ def _explained(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"{uri}: {explain(error)}") from error
+        raise explained(uri, error) from error
 
 
-def explain(error: OSError) -> str:
+def explained(uri: str, error: OSError) -> ResourceError:
+    """The error to raise for what happened at `uri`; a StorageAwayError where it may go by."""
+    is_away = any(word in str(error).lower() for word in _AWAY)
+    return (StorageAwayError if is_away else ResourceError)(f"{uri}: {_explain(error)}")
+
+
+def _explain(error: OSError) -> str:
     """What a storage's error means and what to do, by the words that the cloud's library puts into it."""
     text = " ".join(str(error).split())
     lower = text.lower()
@@ -183,7 +186,7 @@ def explain(error: OSError) -> str:
             "access is denied: there are no Google credentials, or they may not do this; run `gcloud auth "
             "application-default login`, or give the machine a service account that may use the bucket"
         )
-    if any(word in lower for word in ("network_connection", "could not resolve", "could not connect", "unavailable")):
+    if any(word in lower for word in _AWAY):
         return f"the storage cannot be reached ({_reason(text)}); check the network and AWS_ENDPOINT_URL, if it is set"
     if isinstance(error, FileNotFoundError):
         return "there is no such file; check the address"

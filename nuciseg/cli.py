@@ -8,8 +8,10 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from nuciseg.buckets import location
 from nuciseg.errors import NucisegError
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -39,6 +41,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(NucisegError.exit_code)
+
+
+def folder_or_bucket(text: str) -> Path | str:
+    """The type of an argument that names a folder, or one in a bucket."""
+    try:
+        return location(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def run_verb(main: Callable[[], None]) -> NoReturn:

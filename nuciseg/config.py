@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
-from nuciseg.buckets import Location, MountedFolder, is_bucket
+from nuciseg.buckets import Location, is_bucket
 from nuciseg.data.augment import AugmentConfig
 from nuciseg.data.dataset import NormalizationConfig
 from nuciseg.data.formats import FormatName
@@ -121,8 +121,8 @@ class RunConfig(Section):
     """Where a run keeps what it makes."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder; none: verb and time")
-    storage_path: MountedFolder = Field(
-        Path("runs"), description="folder of all runs; on a cluster one that all nodes share"
+    storage_path: Location = Field(
+        Path("runs"), description="folder of all runs, s3:// and gs:// too; else on a cluster one that all nodes share"
     )
     group: str | None = Field(None, description="W&B group; none: the name of the run or search")
     max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")

@@ -5,6 +5,7 @@ NucisegError
 ├── DataError           a folder, image or solution that cannot be used
 ├── CheckpointError     not a checkpoint, truncated, or of another schema
 ├── ResourceError       more workers or GPUs than there are; no space, no permission
+│   └── StorageAwayError     a bucket does not answer; it may later
 ├── LimitReachedError   a search ended at its bound of hours or disk; what it found is kept, and it can go on
 ├── StoppedError        a run was asked to end (SIGTERM); it can go on from its last step
 └── TrainingError       training cannot go on
@@ -42,6 +43,10 @@ class CheckpointError(NucisegError):
 
 class ResourceError(NucisegError):
     """The machine or cluster lacks what was asked for."""
+
+
+class StorageAwayError(ResourceError):
+    """Storage on the network does not answer."""
 
 
 class LimitReachedError(NucisegError):

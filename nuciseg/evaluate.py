@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nuciseg.cli import Parser, run_verb
+from nuciseg.cli import Parser, folder_or_bucket, run_verb
 from nuciseg.engine.shipped import describe_shipped, is_shipped
 from nuciseg.errors import ConfigError
 
@@ -39,15 +39,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, print, log. Raises NucisegError."""
     args = _parser().parse_args(argv)
 
-    from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
-    from nuciseg.engine.evaluation import default_out, evaluate_checkpoint
+    from nuciseg.distributed.mirror import fetched_checkpoint
+    from nuciseg.engine.checkpoint import load_checkpoint
+    from nuciseg.engine.evaluation import default_out, evaluate_checkpoint, run_of
     from nuciseg.engine.precision import local_device
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = fetched_checkpoint(args.checkpoint)
     if is_shipped(checkpoint) and args.data_root is None:
         raise ConfigError(f"{args.checkpoint} comes without images; give the folder of yours with --data.root DIR")
     config = _with_flags(load_checkpoint(checkpoint).config, args)
-    out = args.out or default_out(checkpoint, args.split)
+    in_bucket = isinstance(args.checkpoint, str)
+    here = Path(f"evaluation-{run_of(checkpoint).name}-{args.split}") if in_bucket else None
+    out = args.out or here or default_out(checkpoint, args.split)
     _check_log(out, config)
     result = evaluate_checkpoint(checkpoint, config.data, args.split, out, device=local_device())
     print_result(result)
@@ -159,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "--checkpoint", type=Path, required=True, metavar="PATH",
-        help="a run's folder (its best checkpoint is taken), one checkpoint's, or the name of weights that come with "
+        "--checkpoint", type=folder_or_bucket, required=True, metavar="PATH",
+        help="a run's folder, s3:// and gs:// too (its best checkpoint is taken), one checkpoint's, or the name of "
+        "weights that come with "
         f"nuciseg: {describe_shipped()} (path or name, required)",
     )  # fmt: skip
     add(
@@ -169,8 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--out", type=Path, metavar="DIR",
-        help="folder to write to (path, default: evaluation-SPLIT in the run's folder; for weights that come with "
-        "nuciseg evaluation-NAME-SPLIT in the current one)",
+        help="folder to write to (path, default: evaluation-SPLIT in the run's folder; for one in a bucket, and "
+        "weights that come with nuciseg, evaluation-NAME-SPLIT in the current one)",
     )  # fmt: skip
     add(
         "--data.root", dest="data_root", metavar="DIR",

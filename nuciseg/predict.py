@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nuciseg.cli import Parser, run_verb
+from nuciseg.cli import Parser, folder_or_bucket, run_verb
 from nuciseg.engine.shipped import describe_shipped
 from nuciseg.errors import ConfigError, DataError
 
@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = expand_inputs(args.input, args.out)
     _refuse_to_overwrite(paths, request)
 
+    from nuciseg.distributed.mirror import fetched_checkpoint
     from nuciseg.engine.batch import Batch, settings_of
-    from nuciseg.engine.checkpoint import find_checkpoint
     from nuciseg.images import require_writable
 
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = fetched_checkpoint(args.checkpoint)
     require_writable(args.out)
     batch = Batch(args.out, settings_of(checkpoint, request), map(str, paths))
     if args.resume:
@@ -265,8 +265,9 @@ def _parser() -> argparse.ArgumentParser:
         "with the extra nuciseg[vendor]; 8 to 16 bit or float, of any size",
     )  # fmt: skip
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path(DEFAULT_CHECKPOINT), metavar="PATH",
-        help="a run's folder (its best checkpoint is taken), one checkpoint's, or the name of weights that come with "
+        "--checkpoint", type=folder_or_bucket, default=Path(DEFAULT_CHECKPOINT), metavar="PATH",
+        help="a run's folder, s3:// and gs:// too (its best checkpoint is taken), one checkpoint's, or the name of "
+        "weights that come with "
         f"nuciseg: {describe_shipped()} (path or name, default: {DEFAULT_CHECKPOINT})",
     )  # fmt: skip
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nuciseg.cli import Parser, run_verb
+from nuciseg.cli import Parser, folder_or_bucket, run_verb
 
 DESCRIPTION = """\
 Write one HTML page of runs and searches from what lies in their folders; no account, no network.
@@ -21,12 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the folders, write the page, say where it lies. Raises NucisegError."""
     args = _parser().parse_args(argv)
 
+    from nuciseg.distributed.mirror import fetched_to_read
     from nuciseg.distributed.trials import searches_in
     from nuciseg.reporting.page import write_report
     from nuciseg.reporting.records import read_folder
 
-    named: list[Path] = list(dict.fromkeys(args.folders))
-    out = args.out or (named[0] / PAGE_FILE if len(named) == 1 else Path(PAGE_FILE))
+    locations: list[Path | str] = list(dict.fromkeys(args.folders))
+    named = [fetched_to_read(location, lambda name: not name.endswith(".safetensors")) for location in locations]
+    in_folder = len(locations) == 1 and isinstance(locations[0], Path)
+    out = args.out or (named[0] / PAGE_FILE if in_folder else Path(PAGE_FILE))
     folders = [folder for name in named for folder in searches_in(name) or [name]]
     write_report([read_folder(folder) for folder in folders], out)
     print(f"report: {out}")
@@ -36,14 +39,15 @@ def _parser() -> Parser:
     parser = Parser("report", DESCRIPTION, usage="%(prog)s RUN_OR_SEARCH [RUN_OR_SEARCH ...] [--out FILE]")
     parser.add_argument(
         "folders",
-        type=Path,
+        type=folder_or_bucket,
         nargs="+",
         metavar="RUN_OR_SEARCH",
-        help="folder that train or tune printed (path)",
+        help="folder that train or tune printed, s3:// and gs:// too (path)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE",
-        help=f"page to write (path, default: {PAGE_FILE} in the folder; of several folders, in this one)",
+        help=f"page to write (path, default: {PAGE_FILE} in the folder; of several folders, or one in a bucket, in "
+        "this one)",
     )  # fmt: skip
     return parser
 

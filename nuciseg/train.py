@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nuciseg.cli import Parser, run_verb
+from nuciseg.cli import Parser, folder_or_bucket, run_verb
 
 if TYPE_CHECKING:
     from nuciseg.config import Config
@@ -18,25 +17,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.config import add_config_flags, config_from_args
 
     parser = Parser("train", "Train one network, data-parallel on scale.num_workers workers.")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted run in this folder")
+    parser.add_argument(
+        "--resume", type=folder_or_bucket, metavar="DIR", help="go on with the run in this folder, s3:// and gs:// too"
+    )
     parser.add_argument("--summary", action="store_true", help="print the network's stages and their cost, then leave")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
     flags = add_config_flags(parser)
     args = parser.parse_args(argv)
     if args.summary:
         if args.resume is not None:
-            parser.error(f"--summary is of a configuration: give --config {args.resume / 'config.yaml'}, not --resume")
+            parser.error(f"--summary is of a configuration: give --config {args.resume}/config.yaml, not --resume")
         _print_summary(config_from_args(flags, args))
         return
 
     from nuciseg.distributed.failures import stopped_by_sigterm
+    from nuciseg.distributed.mirror import opened
     from nuciseg.distributed.progress import followed
     from nuciseg.distributed.runs import (
         check_precision,
         check_settings,
         check_storage,
         describe_disk_need,
-        new_run_dir,
+        new_run,
         resumed_config,
         train_identity,
     )
@@ -48,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.tracking import describe_run
 
     if args.resume is not None:
-        config, run_dir = resumed_config(args.resume, flags(parsed_args=args)(), args.config), args.resume
+        run = opened(args.resume)
+        config = resumed_config(run, flags(parsed_args=args)(), args.config)
         check_room(config, verbose=args.verbose)
-        require_shared(run_dir)
+        require_shared(args.resume)
     else:
         config = config_from_args(flags, args)
         alone = _without_search(config)
@@ -59,13 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_room(config, verbose=args.verbose)
         check_precision(alone)
         check_storage(config)
-        run_dir = new_run_dir(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
-        describe_run_dir(config, split, run_dir)  # from here on it can be resumed
-    print(f"run folder: {run_dir}\n{describe_disk_need(_without_search(config), run_dir)}", flush=True)
-    job = Job(config, run_dir.resolve(), train_identity(config, run_dir), args.verbose)
-    with followed(run_dir, config.train.epochs, config.train.metric), stopped_by_sigterm(run_dir):
+        run = new_run(config, f"train-{time.strftime('%Y%m%d-%H%M%S')}")
+        describe_run_dir(config, split, run.folder)
+    run.push()  # from here on it can be resumed
+    print(f"run folder: {run}\n{describe_disk_need(_without_search(config), run.folder)}", flush=True)
+    job = Job(config, run.folder.resolve(), train_identity(config, run.folder), args.verbose, run.uri)
+    with followed(run.folder, config.train.epochs, config.train.metric), stopped_by_sigterm(run.folder):
         run_training(job)
-    print(f"best checkpoint: {CheckpointStore(run_dir).best}\n{describe_run(run_dir)}")
+    best = CheckpointStore(run.folder).best
+    assert best is not None  # training has at least one epoch
+    print(f"best checkpoint: {run.shown(best)}\n{describe_run(run.folder)}")
 
 
 def _print_summary(config: Config) -> None:

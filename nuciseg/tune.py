@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nuciseg.cli import Parser, run_verb
+from nuciseg.cli import Parser, folder_or_bucket, run_verb
 from nuciseg.errors import ConfigError, LimitReachedError
 
 if TYPE_CHECKING:
     from pydantic_settings import CliSettingsSource
 
     from nuciseg.config import Config
+    from nuciseg.distributed.mirror import Mirror
     from nuciseg.distributed.trials import Trial
 
 # What a search without --config does: a small network, so that two CPU cores end in about five minutes.
@@ -45,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.config import add_config_flags
 
     parser = Parser("tune", __doc__ or "")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the interrupted search in this folder")
+    parser.add_argument(
+        "--resume",
+        type=folder_or_bucket,
+        metavar="DIR",
+        help="go on with the search in this folder, s3:// and gs:// too",
+    )
     parser.add_argument("--max-hours", type=float, metavar="HOURS", help="search.max_hours; also with --resume")
     parser.add_argument("--max-disk", type=float, metavar="GB", help="search.max_disk_gb; also with --resume")
     parser.add_argument("--no-final", action="store_true", help="do not train and evaluate the winner")
@@ -61,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     config = _read(flags, args, files[0] if files else None)
     _check(config, final=config.search.final and not args.no_final, verbose=args.verbose)
-    from nuciseg.distributed.runs import new_run_dir
+    from nuciseg.distributed.runs import new_run
 
-    _search(config, new_run_dir(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}"), args)
+    _search(config, new_run(config, f"search-{time.strftime('%Y%m%d-%H%M%S')}", below=False), args)
 
 
 def config_files(paths: Sequence[Path]) -> list[Path]:
@@ -101,61 +107,67 @@ def _search_each(files: Sequence[Path], flags: CliSettingsSource[Any], args: arg
     All are checked before the first begins, and written down, so that `--resume` needs nothing but the folder.
     """
     from nuciseg.config import write_config
-    from nuciseg.distributed.runs import new_run_dir
+    from nuciseg.distributed.runs import new_run
 
     configs = {file.stem: _read(flags, args, file) for file in files}
     for name, config in configs.items():
         print(f"checking {name}", flush=True)
         _check(config, final=config.search.final and not args.no_final, verbose=args.verbose)
     first = next(iter(configs.values()))
-    folder = new_run_dir(first, f"searches-{time.strftime('%Y%m%d-%H%M%S')}")
+    searches = new_run(first, f"searches-{time.strftime('%Y%m%d-%H%M%S')}", below=False)
     for name, config in configs.items():
-        group = config.run.group or folder.name
-        run = {"run.storage_path": str(folder.resolve()), "run.name": name, "run.group": group}
-        write_config(config.replaced(run), folder / f"{name}.yaml")
-    _go_through(folder, args)
+        group = config.run.group or searches.folder.name
+        storage = searches.uri or str(searches.folder.resolve())
+        run = {"run.storage_path": storage, "run.name": name, "run.group": group}
+        write_config(config.replaced(run), searches.folder / f"{name}.yaml")
+    searches.push()
+    _go_through(searches, args)
 
 
-def _go_through(folder: Path, args: argparse.Namespace) -> None:
-    """Begin or resume each search whose configuration lies in `folder`."""
+def _go_through(searches: Mirror, args: argparse.Namespace) -> None:
+    """Begin or resume each search whose configuration lies in the folder `searches`."""
     from nuciseg.config import load_config
     from nuciseg.distributed.trials import searches_in
     from nuciseg.distributed.worker import CONFIG_FILE
 
-    search_dirs = searches_in(folder)
+    search_dirs = searches_in(searches.folder)
     ended: list[LimitReachedError] = []
     for number, search_dir in enumerate(search_dirs, start=1):
         print(f"\n{search_dir.name}, search {number} of {len(search_dirs)}", flush=True)
-        resumed = (search_dir / CONFIG_FILE).exists()
         search_dir.mkdir(exist_ok=True)
+        search = searches.inner(search_dir.name, below=False)
+        search.fetch()
+        resumed = (search_dir / CONFIG_FILE).exists()
         # Its own has the bounds that an earlier resumption gave.
         file = search_dir / CONFIG_FILE if resumed else search_dir.with_name(f"{search_dir.name}.yaml")
         try:
-            _search(load_config(file), search_dir, args, resumed=resumed)
+            _search(load_config(file), search, args, resumed=resumed)
         except LimitReachedError as error:  # its own bound: the others have theirs
             print(error, flush=True)
             ended.append(error)
-    print(f"\nall {len(search_dirs)} searches: {folder}")
+    print(f"\nall {len(search_dirs)} searches: {searches}")
     if ended:
         raise LimitReachedError(
             f"{len(ended)} of {len(search_dirs)} searches ended at a bound, as said above; go on with "
-            f"`python -m nuciseg.tune --resume {shlex.quote(str(folder))}` and higher bounds"
+            f"`python -m nuciseg.tune --resume {shlex.quote(str(searches))}` and higher bounds"
         )
 
 
-def _resume(folder: Path, flags: Mapping[str, Any], args: argparse.Namespace) -> None:
+def _resume(location: Path | str, flags: Mapping[str, Any], args: argparse.Namespace) -> None:
+    from nuciseg.distributed.mirror import opened
     from nuciseg.distributed.runs import refuse_other_settings
     from nuciseg.distributed.search import read_search_config
     from nuciseg.distributed.trials import searches_in
 
     refuse_other_settings(flags, args.config)
-    if searches_in(folder):
+    folder = opened(location, below=False)
+    if searches_in(folder.folder):
         _go_through(folder, args)
     else:
         _search(read_search_config(folder), folder, args, resumed=True)
 
 
-def _search(config: Config, folder: Path, args: argparse.Namespace, *, resumed: bool = False) -> None:
+def _search(config: Config, search: Mirror, args: argparse.Namespace, *, resumed: bool = False) -> None:
     """One search from its first trial to its winner. Raises LimitReachedError where it came to a bound before."""
     from nuciseg.config import write_config
     from nuciseg.distributed.limits import SearchEndedError, refuse_late_winner
@@ -165,22 +177,23 @@ def _search(config: Config, folder: Path, args: argparse.Namespace, *, resumed: 
 
     config = _bounded(config, args)
     if resumed:
-        write_config(config, folder / CONFIG_FILE)
-    print(f"search folder: {folder}\n{describe_disk_need(config, folder)}\n{describe_arms(config)}", flush=True)
-    search = resume_search if resumed else start_search
+        write_config(config, search.folder / CONFIG_FILE)
+        search.push()
+    print(f"search folder: {search}\n{describe_disk_need(config, search.folder)}\n{describe_arms(config)}", flush=True)
+    begin = resume_search if resumed else start_search
     final = config.search.final and not args.no_final
     try:
-        trials = search(config, folder, verbose=args.verbose)
+        trials = begin(config, search, verbose=args.verbose)
         if final:
-            refuse_late_winner(trials, config, folder)
+            refuse_late_winner(trials, config, search)
     except SearchEndedError as ended:
         if ended.trials:
             _print_trials(ended.trials, config)
         if any(trial.failure is None for trial in ended.trials):
-            _print_conclusion(ended.trials, config, folder, final=False, verbose=args.verbose)
+            _print_conclusion(ended.trials, config, search, final=False, verbose=args.verbose)
         raise
     _print_trials(trials, config)
-    _print_conclusion(trials, config, folder, final=final, verbose=args.verbose)
+    _print_conclusion(trials, config, search, final=final, verbose=args.verbose)
 
 
 def describe_arms(config: Config) -> str:
@@ -239,7 +252,7 @@ def _print_trials(trials: Sequence[Trial], config: Config) -> None:
             print(f"  {trial.id}: {trial.failure}")
 
 
-def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, final: bool, verbose: bool) -> None:
+def _print_conclusion(trials: Sequence[Trial], config: Config, search: Mirror, *, final: bool, verbose: bool) -> None:
     import yaml
 
     from nuciseg.distributed.final import evaluate_final, num_epochs, train_final
@@ -252,25 +265,28 @@ def _print_conclusion(trials: Sequence[Trial], config: Config, folder: Path, *, 
 
     best = winner(trials, config)
     if best is None:
-        raise TrainingError(f"every trial failed; the reasons stand above and in {folder}")
+        raise TrainingError(f"every trial failed; the reasons stand above and in {search}")
     sample = yaml.safe_dump({key: best.value(key) for key in trials[0].sample}, sort_keys=False).strip()
     print(f"best configuration:\n{sample}")
+    trial = search.inner(trials[0].id)
     if final:
-        trial_dir = folder / trials[0].id
-        missing = best.train.epochs - num_epochs(trial_dir)
+        missing = best.train.epochs - num_epochs(trial.folder)
         print(f"\ntraining the winner for {best.train.epochs} epochs" + (", as its trial was" if missing <= 0 else ""))
-        best_dir, what = train_final(best, folder, trial_dir, verbose=verbose), "whole configuration"
+        run, what = train_final(best, search, trial, verbose=verbose), "whole configuration"
     else:
-        best_dir, what = folder / trials[0].id, "configuration of this trial, its decoding not calibrated"
-    print(f"{what}: {best_dir / CONFIG_FILE}")
-    print(f"best checkpoint: {CheckpointStore(best_dir).best}")
-    print(f"trials: {describe_run(folder)}")
-    print(f"winner: {describe_run(best_dir)}")
-    print(f"a page of all this: python -m nuciseg.report {shlex.quote(str(folder))}", flush=True)
+        run, what = trial, "configuration of this trial, its decoding not calibrated"
+    checkpoint = CheckpointStore(run.folder).best
+    assert checkpoint is not None  # it was trained
+    print(f"{what}: {run.shown(run.folder / CONFIG_FILE)}")
+    print(f"best checkpoint: {run.shown(checkpoint)}")
+    print(f"trials: {describe_run(search.folder)}")
+    print(f"winner: {describe_run(run.folder)}")
+    print(f"a page of all this: python -m nuciseg.report {shlex.quote(str(search))}", flush=True)
     if final:  # last: all else is found by now, should the evaluation fail
-        result = evaluate_final(best_dir, best)
+        result = evaluate_final(run.folder, best)
         print_result(result)
         log_result(result, load_checkpoint(result.checkpoint).config)
+        run.push()
 
 
 if __name__ == "__main__":

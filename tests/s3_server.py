@@ -18,10 +18,10 @@ from nuciseg import buckets
 
 
 @contextmanager
-def serving_s3() -> Iterator[str]:
-    """The address of a server that runs while the block does."""
+def serving_s3(port: int = 0) -> Iterator[str]:
+    """The address of a server that runs while the block does, with the buckets of earlier ones of this process."""
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     try:

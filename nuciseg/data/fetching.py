@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from nuciseg.buckets import BucketFolder, StoredFile, explain
+from nuciseg.buckets import BucketFolder, StoredFile, explained
 from nuciseg.data.cache import default_cache_dir
 from nuciseg.errors import DataError, ResourceError
 
@@ -106,7 +106,7 @@ def _fetch(source: BucketFolder, files: Sequence[StoredFile], entry: Path) -> No
     _refuse_without_room(files, entry.parent)
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            fetched = list(pool.map(lambda file: _fetch_file(source, file, temporary / file.name), files))
+            fetched = list(pool.map(lambda file: fetch_file(source, file, temporary / file.name), files))
         _write_index(entry, {file.name: found for file, found in zip(files, fetched, strict=True)})
         os.replace(temporary, entry)
     finally:
@@ -129,7 +129,8 @@ def _refuse_without_room(files: Sequence[StoredFile], folder: Path) -> None:
         )
 
 
-def _fetch_file(source: BucketFolder, file: StoredFile, path: Path) -> _Fetched:
+def fetch_file(source: BucketFolder, file: StoredFile, path: Path) -> _Fetched:
+    """Write the object to `path`; raises ResourceError where it did not come whole, OSError from the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, etag, of_etag = _copy(source, file.name, path)
     if path.stat().st_size != file.num_bytes:
@@ -159,5 +160,5 @@ def _read(stream: object, uri: str) -> bytes:
     try:
         chunk: bytes = stream.read(CHUNK_BYTES)  # type: ignore[attr-defined]
     except OSError as error:
-        raise ResourceError(f"{uri}: {explain(error)}") from error
+        raise explained(uri, error) from error
     return chunk

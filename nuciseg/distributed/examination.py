@@ -10,6 +10,7 @@ from pathlib import Path
 import ray
 
 from nuciseg.config import Config
+from nuciseg.data.cache import default_cache_dir
 from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import measure_all_reduce
 from nuciseg.distributed.checks import Check, failed, passed
@@ -41,15 +42,17 @@ def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False)
     if not answering.passed:
         return  # each question to all nodes would wait for the same one
     yield _attempted("all-reduce", lambda: _all_reduce(config))
-    storage = _attempted("storage", lambda: _storage(config.run.storage_path.resolve()))
+    storage = _attempted("storage", lambda: _storage(config.run.storage_path))
     yield storage
     yield checks.check_images(on_every_node(first_image, config))
     yield checks.check_wandb(on_every_node(wandb_state, config))
     yield checks.check_clocks(clock_offsets())
     if storage.passed:
         yield _disk(config, nodes)
-        if kill_worker:
-            folder = config.run.storage_path / f"doctor-{time.strftime('%Y%m%d-%H%M%S')}"
+        if kill_worker and isinstance(config.run.storage_path, str):
+            yield failed("recovery", "not tried: it needs a run.storage_path that is a folder, not a bucket")
+        elif kill_worker:
+            folder = Path(config.run.storage_path) / f"doctor-{time.strftime('%Y%m%d-%H%M%S')}"
             yield _attempted("recovery", lambda: rehearse(folder.resolve(), verbose=verbose))
     elif kill_worker:
         yield failed("recovery", "not tried: it needs the storage, see above")
@@ -84,18 +87,25 @@ def _all_reduce(config: Config) -> Check:
     return checks.check_all_reduce(measure_all_reduce(config.scale.use_gpu), gradient_bytes)
 
 
-def _storage(folder: Path) -> Check:
+def _storage(location: Path | str) -> Check:
+    num = len(alive_nodes())
+    if isinstance(location, str):
+        require_shared(location)
+        return passed("storage", f"{location} can be written and read" + (f" from {num} nodes" if num > 1 else ""))
+    folder = location.resolve()
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     require_shared(folder)
     require_writable(folder)
     for each in made:
         each.rmdir()
-    num = len(alive_nodes())
     return passed("storage", f"{folder} is writable" + (f", and the same on {num} nodes" if num > 1 else ""))
 
 
 def _disk(config: Config, nodes: dict[str, NodeFacts]) -> Check:
-    folder = config.run.storage_path.resolve()
+    location = config.run.storage_path
+    folder = default_cache_dir() if isinstance(location, str) else location.resolve()  # of buckets copies are written
     existing = next(each for each in (folder, *folder.parents) if each.exists())
     free_bytes = shutil.disk_usage(existing).free
-    return checks.check_disk(nodes, disk_need(config), free_bytes, str(config.run.storage_path))
+    return checks.check_disk(
+        nodes, disk_need(config), free_bytes, str(folder if isinstance(location, str) else location)
+    )

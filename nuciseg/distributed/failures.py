@@ -19,9 +19,9 @@ from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
 
-_FAILURE_FILE = "failure.json"
+FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
-_STOP_FILE = "stop"
+STOP_FILE = "stop"
 
 
 def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> None:
@@ -30,14 +30,14 @@ def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> N
     if isinstance(error, OutOfMemoryError) and parts_factor == 1:
         write_json({"reason": str(error)}, run_dir / _SMALLER_PARTS_FILE)
         return
-    if not (run_dir / _FAILURE_FILE).exists():
-        write_json({"kind": type(error).__name__, "message": str(error)}, run_dir / _FAILURE_FILE)
+    if not (run_dir / FAILURE_FILE).exists():
+        write_json({"kind": type(error).__name__, "message": str(error)}, run_dir / FAILURE_FILE)
 
 
 def noted_failure(run_dir: Path) -> NucisegError | None:
     """The reason why the run ended, or None."""
     try:
-        note = json.loads((run_dir / _FAILURE_FILE).read_text(encoding="utf-8"))
+        note = json.loads((run_dir / FAILURE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     kind: type[NucisegError] = getattr(errors, note["kind"])
@@ -51,13 +51,13 @@ def batch_parts_factor(run_dir: Path) -> int:
 
 def forget_failure(run_dir: Path) -> None:
     """Before a run is taken up again by hand. Its configuration file has the parts that the batch was cut into."""
-    for name in (_FAILURE_FILE, _SMALLER_PARTS_FILE, _STOP_FILE):
+    for name in (FAILURE_FILE, _SMALLER_PARTS_FILE, STOP_FILE):
         (run_dir / name).unlink(missing_ok=True)
 
 
 def ask_to_stop(run_dir: Path) -> None:
     """Ask a run, on whatever machines its workers are, to stop after the step that they are in."""
-    (run_dir / _STOP_FILE).touch()
+    (run_dir / STOP_FILE).touch()
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def stopped_by_sigterm(run_dir: Path) -> Iterator[None]:
 
 def is_asked_to_stop(run_dir: Path) -> bool:
     """Whether the run was asked to stop."""
-    return (run_dir / _STOP_FILE).exists()
+    return (run_dir / STOP_FILE).exists()
 
 
 def with_one_retry(run: Callable[[], object], run_dir: Path) -> None:

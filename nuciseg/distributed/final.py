@@ -7,6 +7,7 @@ from pathlib import Path
 from nuciseg.config import Config, DataConfig
 from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats.folders import own_folder
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.progress import followed
 from nuciseg.distributed.runs import train_identity
 from nuciseg.distributed.training import run_training
@@ -24,19 +25,25 @@ def check_test_images(config: Config) -> None:
         refuse_smaller_than(stride_of(config), open_samples(config.data, "test"))
 
 
-def train_final(config: Config, search_dir: Path, trial_dir: Path, *, verbose: bool) -> Path:
+FINAL_FOLDER = "final"
+
+
+def train_final(config: Config, search: Mirror, trial: Mirror, *, verbose: bool) -> Mirror:
     """Train `config` in the search's folder `final`, from where it was where it was interrupted; returns the folder.
 
     A winner whose trial was as long as `train.epochs` is there already: its checkpoints are taken over, and only what
     trials leave out, calibration, is done.
     """
-    run_dir = search_dir / "final"
-    if CheckpointStore(run_dir).last is None and num_epochs(trial_dir) >= config.train.epochs:
-        CheckpointStore(run_dir).take_over(CheckpointStore(trial_dir))
-    identity = train_identity(config, run_dir, search_dir.name)
+    run = search.inner(FINAL_FOLDER)
+    run_dir = run.folder
+    run.fetch()
+    if CheckpointStore(run_dir).last is None and num_epochs(trial.folder) >= config.train.epochs:
+        trial.fetch()
+        CheckpointStore(run_dir).take_over(CheckpointStore(trial.folder))
+    identity = train_identity(config, run_dir, search.folder.name)
     with followed(run_dir, config.train.epochs, config.train.metric):
-        run_training(Job(config, run_dir.resolve(), identity, verbose))
-    return run_dir
+        run_training(Job(config, run_dir.resolve(), identity, verbose, run.uri))
+    return run
 
 
 def num_epochs(run_dir: Path) -> int:

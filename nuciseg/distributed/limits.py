@@ -10,10 +10,10 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
+from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, SearchConfig, load_config
-from nuciseg.distributed.final import num_epochs
+from nuciseg.distributed.final import FINAL_FOLDER, num_epochs
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.runs import trial_disk_bytes
 from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import CONFIG_FILE
@@ -30,8 +32,10 @@ from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import ConfigError, LimitReachedError
 
 TIME_FILE = "search_time.json"
-CLOSED_DIR = ".closed"  # while it is there no trial begins; those that wait have a file in it
+CLOSED_DIR = ".closed"  # while there is a file in it no trial begins; those that wait have one too
+CLOSED_MARK = "closed"
 LOOK_S = 1.0
+PUSH_S = 60.0
 MOST_OF_TIME = 0.05  # looking at many files on a slow disk takes at most this share of the driver's time
 BYTES_PER_GB = 1e9
 
@@ -61,7 +65,7 @@ class ClosedError(Exception):
         self.bound, self.trials, self.num_trials = bound, tuple(trials), num_trials
         self.unfinished = frozenset(trial.trial_id for trial in trials if not trial.is_finished())
 
-    def describe(self, folder: Path, trials: Sequence[Trial]) -> str:
+    def describe(self, folder: Mirror, trials: Sequence[Trial]) -> str:
         """One sentence: why the search in `folder` ended, what became of its trials, how it goes on."""
         begun = sum(trial.id in self.unfinished for trial in trials)
         ended = len(trials) - begun
@@ -107,20 +111,20 @@ def trials_within_disk(config: Config) -> int | None:
     return num_runs
 
 
-def refuse_late_winner(trials: Sequence[Trial], config: Config, folder: Path) -> None:
+def refuse_late_winner(trials: Sequence[Trial], config: Config, search: Mirror) -> None:
     """Raise SearchEndedError where training the winner, an epoch as long as in its trial, would go beyond the bound."""
     best = trials[0] if trials else None
     if config.search.max_hours is None or best is None or best.failure is not None or not best.epochs:
         return
     if best.epochs >= config.train.epochs:
         return  # its trial was all of it
-    epochs = config.train.epochs - num_epochs(folder / "final")
-    hours = (spent_seconds(folder) + epochs * best.seconds / best.epochs) / 3600
+    epochs = config.train.epochs - num_epochs(search.folder / FINAL_FOLDER)
+    hours = (spent_seconds(search.folder) + epochs * best.seconds / best.epochs) / 3600
     if hours > config.search.max_hours:
         raise SearchEndedError(
             f"the search ended at its bound: all {len(trials)} trials are there, but with the winner's {epochs} epochs "
             f"it would take {hours:.3g} h, more than --max-hours {config.search.max_hours:g}: go on with "
-            f"`python -m nuciseg.tune --resume {shlex.quote(str(folder))} --max-hours MORE`",
+            f"`python -m nuciseg.tune --resume {shlex.quote(str(search))} --max-hours MORE`",
             trials,
         )
 
@@ -134,29 +138,27 @@ def spent_seconds(folder: Path) -> float:
     return seconds
 
 
-def reopen(folder: Path) -> None:
+def reopen(search: Mirror) -> None:
     """Let trials begin again."""
-    shutil.rmtree(folder / CLOSED_DIR, ignore_errors=True)
+    search.unmark(CLOSED_DIR)
 
 
-def wait_where_closed(folder: Path, trial_id: str) -> None:
+def wait_where_closed(search: Mirror, trial_id: str) -> None:
     """In a trial: where the search is closed say so, and wait for the driver to end this process."""
-    try:
-        (folder / CLOSED_DIR / trial_id).touch()
-    except FileNotFoundError:
-        return
-    threading.Event().wait()
+    if search.marks(CLOSED_DIR):
+        search.mark(CLOSED_DIR, trial_id)
+        threading.Event().wait()
 
 
 class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
-    """Holds the search in `folder` to the bounds of the configuration that lies there."""
+    """Holds a search to the bounds of the configuration that lies in its folder."""
 
-    def __init__(self, folder: Path, concurrent: int) -> None:
-        self.folder, self.concurrent = folder, concurrent
+    def __init__(self, search: Mirror, concurrent: int) -> None:
+        self.search, self.folder, self.concurrent = search, search.folder, concurrent
 
     # The callback is stored with the search; a resumption reads the bounds and the time anew.
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "concurrent": self.concurrent}
+        return {"search": self.search, "folder": self.folder, "concurrent": self.concurrent}
 
     def setup(
         self,
@@ -166,13 +168,13 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         **info: Any,
     ) -> None:
         config = load_config(self.folder / CONFIG_FILE)
-        self._search, self._trial_bytes = config.search, trial_disk_bytes(config)
+        self._bounds, self._trial_bytes = config.search, trial_disk_bytes(config)
         self._num_trials = total_num_samples or 0
         self._bound: Bound | None = None
         self._running: set[str] = set()
         self._awaited: set[str] = set()
         self._earlier_s, self._started_s = spent_seconds(self.folder), time.monotonic()
-        self._next_look_s = self._started_s
+        self._next_look_s = self._next_push_s = self._started_s
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         if self._bound is not None and self._bound.ends_running:
@@ -185,24 +187,28 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
             self._look()
         if self._bound is None:
             return
-        self._awaited &= running - _waiting(self.folder)
+        self._awaited &= running - self.search.marks(CLOSED_DIR)
         all_ended = len(trials) >= self._num_trials and all(trial.is_finished() for trial in trials)
         if not self._awaited and not all_ended:
             raise ClosedError(self._bound, trials, max(self._num_trials, len(trials)))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self._note_time()
+        self.search.push()
 
     def _look(self) -> None:
         start_s = time.monotonic()
         seconds = self._note_time()
-        used, needed = (0, 0) if self._search.max_disk_gb is None else self._bytes()
-        bound = reached(self._search, seconds, used, needed)
+        used, needed = (0, 0) if self._bounds.max_disk_gb is None else self._bytes()
+        bound = reached(self._bounds, seconds, used, needed)
         if bound is not None and (self._bound is None or bound.ends_running > self._bound.ends_running):
-            (self.folder / CLOSED_DIR).mkdir(exist_ok=True)
+            self.search.mark(CLOSED_DIR, CLOSED_MARK)
             self._bound, self._awaited = bound, set(self._running)
         end_s = time.monotonic()
         self._next_look_s = end_s + max(LOOK_S, (end_s - start_s) / MOST_OF_TIME)
+        if end_s >= self._next_push_s:  # the hours used must outlive this machine
+            self._next_push_s = end_s + PUSH_S
+            self.search.push()
 
     def _note_time(self) -> float:
         seconds = self._earlier_s + time.monotonic() - self._started_s
@@ -212,15 +218,20 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def _bytes(self) -> tuple[int, int]:
         """Of the search's folder: what lies there, and what may at most with the winner and, where one can begin now,
         one trial more."""
-        sizes = {path.name: _size(path) for path in self.folder.iterdir()}
-        more_runs = self._search.final + (len(self._running) < self.concurrent)
+        sizes = self._sizes()
+        more_runs = self._bounds.final + (len(self._running) < self.concurrent)
         growing = sum(max(0, self._trial_bytes - sizes.get(trial_id, 0)) for trial_id in self._running)
         used = sum(sizes.values())
         return used, used + growing + more_runs * self._trial_bytes
 
-
-def _waiting(folder: Path) -> set[str]:
-    return {path.name for path in (folder / CLOSED_DIR).iterdir()}
+    def _sizes(self) -> Mapping[str, int]:
+        """Bytes of each file and folder of the search."""
+        if self.search.uri is None:
+            return {path.name: _size(path) for path in self.folder.iterdir()}
+        sizes: Counter[str] = Counter()
+        for file in BucketFolder(self.search.uri).files():
+            sizes[file.name.split("/")[0]] += file.num_bytes
+        return sizes
 
 
 def _size(path: Path) -> int:

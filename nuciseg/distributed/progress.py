@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from nuciseg.config import Config
-from nuciseg.distributed.failures import noted_failure
+from nuciseg.distributed.failures import FAILURE_FILE, noted_failure
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.trials import describe
 from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.tracking import METRICS_FILE, read_metrics
@@ -27,10 +28,10 @@ POLL_S = 0.5
 class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
     """Follows the trials of a search in the driver."""
 
-    def __init__(self, config: Config, folder: Path, concurrent: int) -> None:
+    def __init__(self, config: Config, search: Mirror, concurrent: int) -> None:
         self.metric = config.train.metric
         self.epochs = config.search.trial_epochs or config.train.epochs
-        self.folder, self.concurrent = folder, concurrent
+        self.search, self.concurrent = search, concurrent
         self.started = time.monotonic()
         self.rows: dict[str, tuple[str, str, str, str]] = {}
         self.console = Console()
@@ -60,7 +61,9 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         self._show(trial, "running", progress, f"{self.metric} {result[self.metric]:.3f} (best {result['score']:.3f})")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        failure = noted_failure(self.folder / trial.trial_id)
+        run = self.search.inner(trial.trial_id)
+        run.fetch(lambda name: name == FAILURE_FILE)
+        failure = noted_failure(run.folder)
         if failure is not None:
             self._show(trial, "failed", "-", str(failure))
             return
@@ -86,7 +89,7 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
 
     def _table(self) -> Table:
         seconds = time.monotonic() - self.started
-        table = Table(title=f"{seconds:.0f} s, {self.concurrent} trials at a time, results in {self.folder}")
+        table = Table(title=f"{seconds:.0f} s, {self.concurrent} trials at a time, results in {self.search}")
         for heading in ("trial", "status", "epoch", f"{self.metric} and settings"):
             table.add_column(heading)
         for row in list(self.rows.values()):  # drawn in a thread of its own, while trials are added

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, known_keys, load_config
 from nuciseg.distributed.cluster import has_gpu
 from nuciseg.distributed.failures import forget_failure
+from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.space import num_trials, variants
 from nuciseg.distributed.storage import require_everywhere, require_shared
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
@@ -65,31 +67,46 @@ def check_storage(config: Config) -> None:
     require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
 
 
-def new_run_dir(config: Config, default_name: str) -> Path:
-    """Make the folder of a new run. Raises ResourceError where that cannot be written, ConfigError where it exists."""
-    folder = config.run.storage_path / (config.run.name or default_name)
+def new_run(config: Config, default_name: str, *, below: bool = True) -> Mirror:
+    """Make the folder of a new run, or with `below` False of a search.
+
+    Raises ResourceError where that cannot be written, ConfigError where it exists.
+    """
+    name = config.run.name or default_name
+    if isinstance(config.run.storage_path, Path):
+        return Mirror(_new_folder(config.run.storage_path, name), below=below)
+    uri = f"{config.run.storage_path.rstrip('/')}/{name}"
+    if BucketFolder(uri).files():
+        raise _exists(uri)
+    mirror = working_copy(uri, "work", below=below)
+    mirror.fetch()  # nothing: the copy of one that was there before goes
+    return mirror
+
+
+def _exists(folder: Path | str) -> ConfigError:
+    return ConfigError(f"{folder} exists already; go on with it by --resume {folder}, or choose another --run.name")
+
+
+def _new_folder(storage: Path, name: str) -> Path:
+    folder = storage / name
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        raise ConfigError(
-            f"{folder} exists already; go on with it by --resume {folder}, or choose another --run.name"
-        ) from None
+        raise _exists(folder) from None
     except OSError as error:
         raise ResourceError(
-            f"cannot write into {config.run.storage_path} ({error.strerror}); set run.storage_path to a folder you may "
-            "write to"
+            f"cannot write into {storage} ({error.strerror}); set run.storage_path to a folder you may write to"
         ) from None
     return folder
 
 
-def resumed_config(folder: Path, flags: Mapping[str, Any], config_file: Path | None) -> Config:
-    """The configuration of the run in `folder`, ready to go on. Raises ConfigError where there is none."""
+def resumed_config(run: Mirror, flags: Mapping[str, Any], config_file: Path | None) -> Config:
+    """The configuration of the run in a folder, ready to go on. Raises ConfigError where there is none."""
+    folder = run.folder
     if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(
-            f"--resume {folder}: no run there (it has no {CONFIG_FILE}); give the folder that was printed"
-        )
+        raise ConfigError(f"--resume {run}: no run there (it has no {CONFIG_FILE}); give the folder that was printed")
     if not (folder / SPLIT_FILE).exists():
-        raise ConfigError(f"--resume {folder} is a search, not a training run; resume it with `nuciseg tune`")
+        raise ConfigError(f"--resume {run} is a search, not a training run; resume it with `nuciseg tune`")
     refuse_other_settings(flags, config_file)
     forget_failure(folder)
     return load_config(folder / CONFIG_FILE)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Integer
 
+from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
+from nuciseg.distributed.final import FINAL_FOLDER
 from nuciseg.distributed.limits import (
     ClosedError,
     Limits,
@@ -32,15 +34,16 @@ from nuciseg.distributed.limits import (
     trials_within_disk,
     wait_where_closed,
 )
+from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
 from nuciseg.distributed.storage import require_shared
-from nuciseg.distributed.training import fit_workers, reported
+from nuciseg.distributed.training import fit_workers, reported, storage_of_ray
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, best_first, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
-from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, write_json
+from nuciseg.engine.checkpoint import TRAINING_FILE, CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.datasets import check_data
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
@@ -53,12 +56,22 @@ _OPTUNA_LACKS = ("randn", "qrandn", "qloguniform", "qlograndint")  # Ray's link 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every trial knows of its search."""
+    """What every trial knows of its search. Of one in a bucket the folder is the driver's copy."""
 
     base: Config
-    folder: Path
+    search: Mirror
     need: Need
     verbose: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.search.folder
+
+    def trial_mirror(self, trial_id: str) -> Mirror:
+        """In a trial, on whatever node: its folder."""
+        if self.search.uri is None:
+            return self.search.inner(trial_id)
+        return working_copy(f"{self.search.uri}/{trial_id}", "trial")
 
 
 def check_search(config: Config, *, verbose: bool) -> None:
@@ -68,7 +81,7 @@ def check_search(config: Config, *, verbose: bool) -> None:
     _concurrent_trials(config, worker_need(config.scale, for_trial=True))
 
 
-def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
+def start_search(config: Config, folder: Path | Mirror, *, verbose: bool) -> list[Trial]:
     """Run the search that `config.search` describes into `folder`; returns the trials, best first.
 
     Raises SearchEndedError, which has the trials so far, where a bound of `config.search` ended it before.
@@ -76,8 +89,9 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
     space = _search_space(config)
     plan = _plan(config, folder, verbose)
     concurrent = _concurrent_trials(config, plan.need)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / CONFIG_FILE)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, plan.folder / CONFIG_FILE)
+    plan.search.push()
     tuner = tune.Tuner(
         _trainable(plan),
         param_space=space,
@@ -91,43 +105,48 @@ def start_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
             trial_name_creator=lambda trial: trial.trial_id,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
-        run_config=_run_config(config, folder, concurrent),
+        run_config=_run_config(config, plan.search, concurrent),
     )
     return _fit(tuner, plan)
 
 
-def resume_search(config: Config, folder: Path, *, verbose: bool) -> list[Trial]:
+def resume_search(config: Config, folder: Path | Mirror, *, verbose: bool) -> list[Trial]:
     """Go on with an interrupted search: finished trials are kept, running ones go on from their checkpoints.
 
     `config` is what `read_search_config` finds in `folder`. Raises as `start_search` does.
     """
-    folder = folder.resolve()  # Ray takes a relative path for an address
     check_data(config)  # a drive that is not there yet must not end every trial
     plan = _plan(config, folder, verbose)
-    _concurrent_trials(config, plan.need)
-    require_shared(folder)
-    if not tune.Tuner.can_restore(str(folder)):
+    concurrent = _concurrent_trials(config, plan.need)
+    require_shared(plan.search.uri or plan.folder)
+    storage = storage_of_ray(plan.search)
+    path, system = storage["storage_path"], storage.get("storage_filesystem")
+    if not tune.Tuner.can_restore(path, storage_filesystem=system):
         return start_search(config, folder, verbose=verbose)  # killed before Tune wrote anything
-    for run_dir in folder.iterdir():
-        if not isinstance(noted_failure(run_dir), TrainingError | None):
-            forget_failure(run_dir)
+    for trial in _trial_mirrors(plan):
+        if not isinstance(noted_failure(trial.folder), TrainingError | None):
+            forget_failure(trial.folder)
+            trial.push()
     tuner = tune.Tuner.restore(
-        str(folder),
+        path,
+        storage_filesystem=system,
         trainable=_trainable(plan),
         param_space=_search_space(config),
         resume_unfinished=True,
         restart_errored=True,
     )
+    # What was stored with the search knows the folder that it had on the machine where it began.
+    tuner._local_tuner.get_run_config().callbacks = _callbacks(config, plan.search, concurrent)
     return _fit(tuner, plan)
 
 
-def read_search_config(folder: Path) -> Config:
-    """The configuration of the search in `folder`. Raises ConfigError where there is none."""
-    if not (folder / CONFIG_FILE).exists():
-        raise ConfigError(f"--resume {folder}: no search there (it has no {CONFIG_FILE}); give the folder tune printed")
-    config = load_config(folder / CONFIG_FILE)
-    if (folder / SPLIT_FILE).exists():
-        raise ConfigError(f"--resume {folder} is a training run, not a search; resume it with `nuciseg train`")
+def read_search_config(search: Mirror) -> Config:
+    """The configuration of a search. Raises ConfigError where there is none."""
+    if not (search.folder / CONFIG_FILE).exists():
+        raise ConfigError(f"--resume {search}: no search there (it has no {CONFIG_FILE}); give the folder tune printed")
+    config = load_config(search.folder / CONFIG_FILE)
+    if (search.folder / SPLIT_FILE).exists():
+        raise ConfigError(f"--resume {search} is a training run, not a search; resume it with `nuciseg train`")
     return config
 
 
@@ -152,18 +171,22 @@ def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
 def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None  # this runs in a trial
-    wait_where_closed(plan.folder, trial_id)
-    run_dir = plan.folder / trial_id
+    wait_where_closed(plan.search, trial_id)
+    mirror = plan.trial_mirror(trial_id)
+    mirror.fetch()
+    run_dir = mirror.folder
     write_json(sample, run_dir / SAMPLE_FILE)
     failure = noted_failure(run_dir)
     if failure is not None:
         raise failure
     try:
-        job = _trial_job(sample, plan, trial_id)
+        job = _trial_job(sample, plan, mirror)
     except NucisegError as error:
         note_failure(run_dir, error)
+        mirror.push()
         raise
-    take_over_twin(job, plan.folder)
+    if mirror.uri is None:
+        take_over_twin(job, plan.folder)
     if job.config.scale.num_workers > 1:
         fit_workers(job, plan.need, callbacks=[TuneReportCallback()])
         # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.
@@ -172,7 +195,8 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     with_one_retry(partial(_run_alone, job, plan), run_dir)
 
 
-def _trial_job(sample: Mapping[str, Any], plan: Plan, trial_id: str) -> Job:
+def _trial_job(sample: Mapping[str, Any], plan: Plan, trial: Mirror) -> Job:
+    trial_id = trial.folder.name
     epochs = plan.base.search.trial_epochs or plan.base.train.epochs
     config = configure(plan.base, {**sample, "train.epochs": epochs, "train.calibrate": False})
     identity = RunIdentity(
@@ -182,7 +206,7 @@ def _trial_job(sample: Mapping[str, Any], plan: Plan, trial_id: str) -> Job:
         job_type="tune",
         tags=(config.model.kind, getattr(config.model, "encoder", config.model.kind), config.target.kind),
     )
-    return Job(config, plan.folder / trial_id, identity, plan.verbose)
+    return Job(config, trial.folder, identity, plan.verbose, trial.uri)
 
 
 def _run_alone(job: Job, plan: Plan) -> None:
@@ -219,9 +243,11 @@ def _last_report(job: Job) -> dict[str, Any]:
 # --- Ray Tune's parts ------------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config, folder: Path, verbose: bool) -> Plan:
+def _plan(config: Config, folder: Path | Mirror, verbose: bool) -> Plan:
     connect(verbose)
-    return Plan(config, folder.resolve(), worker_need(config.scale, for_trial=True), verbose)
+    search = folder if isinstance(folder, Mirror) else Mirror(folder, below=False)
+    search = replace(search, folder=search.folder.resolve())  # Ray takes a relative path for an address
+    return Plan(config, search, worker_need(config.scale, for_trial=True), verbose)
 
 
 def _trainable(plan: Plan) -> Any:
@@ -310,16 +336,21 @@ def _within_bounds(space: Mapping[str, Any], sample: dict[str, Any]) -> dict[str
     return within
 
 
-def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig:
+def _run_config(config: Config, search: Mirror, concurrent: int) -> tune.RunConfig:
+    storage = storage_of_ray(search)
     return tune.RunConfig(
-        name=folder.name,
-        storage_path=str(folder.parent.resolve()),
+        **{**storage, "storage_path": str(Path(storage["storage_path"]).parent)},
+        name=search.folder.name,
         verbose=0,
-        callbacks=[SearchProgress(config, folder, concurrent), Limits(folder.resolve(), concurrent)],
+        callbacks=_callbacks(config, search, concurrent),
         # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
         failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
         checkpoint_config=tune.CheckpointConfig(num_to_keep=HANDED_OVER),
     )
+
+
+def _callbacks(config: Config, search: Mirror, concurrent: int) -> list[tune.Callback]:
+    return [SearchProgress(config, search, concurrent), Limits(search, concurrent)]
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -328,26 +359,42 @@ def _run_config(config: Config, folder: Path, concurrent: int) -> tune.RunConfig
 def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
     # Tune would take Ctrl+C for the regular end of the search: its winner would be trained and evaluated.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    reopen(plan.folder)
+    reopen(plan.search)
     try:
         return _concluded(tuner.fit(), plan, frozenset())
     except ClosedError as closed:
-        results = tune.ResultGrid(tune.ExperimentAnalysis(str(plan.folder), trials=list(closed.trials)))
-        trials = _concluded(results, plan, closed.unfinished)
-        raise SearchEndedError(closed.describe(plan.folder, trials), trials) from None
+        storage = storage_of_ray(plan.search)
+        analysis = tune.ExperimentAnalysis(
+            storage["storage_path"], storage_filesystem=storage.get("storage_filesystem"), trials=list(closed.trials)
+        )
+        trials = _concluded(tune.ResultGrid(analysis), plan, closed.unfinished)
+        raise SearchEndedError(closed.describe(plan.search, trials), trials) from None
 
 
 def _concluded(results: tune.ResultGrid, plan: Plan, unfinished: Collection[str]) -> list[Trial]:
     """The trials that came to an epoch or a failure, best first; those that can go on are not logged to their end."""
+    _trial_mirrors(plan)
     found = [_trial(each, plan.base, plan.folder) for each in results]
     trials = best_first(
         trial for trial in found if trial.epochs or trial.failure is not None or trial.id not in unfinished
     )
     for trial in trials:
         if trial.failure is None and trial.id not in unfinished:
-            conclude_stopped(_trial_job(trial.sample, plan, trial.id))
+            conclude_stopped(_trial_job(trial.sample, plan, plan.search.inner(trial.id)))
     write_json([asdict(trial) for trial in trials], plan.folder / RESULTS_FILE)
+    plan.search.push()
     return trials
+
+
+def _trial_mirrors(plan: Plan) -> list[Mirror]:
+    """The folders of all trials in the driver, of those in a bucket all but what only their training needs."""
+    if plan.search.uri is None:
+        return [plan.search.inner(path.name) for path in plan.folder.iterdir()]
+    names = {file.name.split("/")[0] for file in BucketFolder(plan.search.uri).files() if "/" in file.name}
+    mirrors = [plan.search.inner(name) for name in sorted(names) if not name.startswith(".") and name != FINAL_FOLDER]
+    for mirror in mirrors:
+        mirror.fetch(lambda name: not name.endswith(f"/{TRAINING_FILE}"))
+    return mirrors
 
 
 def _sample_of(run_dir: Path, result: Any) -> Mapping[str, Any]:

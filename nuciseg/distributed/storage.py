@@ -12,16 +12,21 @@ from uuid import uuid4
 
 import ray
 
+from nuciseg.buckets import BucketFolder
 from nuciseg.distributed.nodes import Result, alive_nodes, on_every_node
 from nuciseg.errors import ResourceError, writing
 
 
-def require_shared(folder: Path, setting: str = "run.storage_path") -> None:
+def require_shared(folder: Path | str, setting: str = "run.storage_path") -> None:
     """Write a file into `folder` here, read it on every node and write one there; the folder is made where it lacks.
 
-    Does nothing without Ray or on one node. Raises ResourceError, which names `setting`, where a node sees another
-    folder or may not write; a folder that was made for the probe is gone then.
+    Without Ray or on one node nothing is done, but a bucket is asked by this machine. Raises ResourceError, which
+    names `setting`, where a node sees another folder or may not write; a folder that was made for the probe is gone
+    then.
     """
+    if isinstance(folder, str):
+        _require_bucket(folder, setting)
+        return
     if not _several_nodes():
         return
     folder = folder.resolve()
@@ -44,6 +49,21 @@ def require_shared(folder: Path, setting: str = "run.storage_path") -> None:
             with contextlib.suppress(OSError):  # somebody else has begun to use it
                 each.rmdir()
         raise
+
+
+def _require_bucket(uri: str, setting: str) -> None:
+    token = uuid4().hex
+    probe = f".probe-{token}"
+    bucket = BucketFolder(uri)
+    bucket.write(probe, token.encode())
+    try:
+        bucket.read(probe)
+        if _several_nodes():
+            cure = "give each node the rights and the environment (AWS_ENDPOINT_URL, if it is set) that this one has"
+            answers = on_every_node(_what_is_wrong_in_bucket, uri, probe)
+            _refuse(f"{setting} is {uri}", answers, cure)
+    finally:
+        bucket.delete(probe)
 
 
 def require_everywhere(paths: Mapping[str, Path]) -> None:
@@ -73,6 +93,18 @@ def _what_is_wrong(probe: Path, token: str) -> str | None:
         own.unlink()
     except OSError as error:
         return f"cannot write there ({error.strerror})"
+    return None
+
+
+def _what_is_wrong_in_bucket(uri: str, probe: str) -> str | None:
+    """On a node: why it cannot work in the bucket; None where it can."""
+    try:
+        bucket = BucketFolder(uri)
+        own = f"{probe}-{uuid4().hex}"
+        bucket.write(own, bucket.read(probe))
+        bucket.delete(own)
+    except ResourceError as error:
+        return f"cannot use it ({error})"
     return None
 
 

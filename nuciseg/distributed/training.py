@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,13 +16,16 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
+from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, ScaleConfig
 from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room, worker_need
-from nuciseg.distributed.failures import note_failure, noted_failure, with_one_retry
+from nuciseg.distributed.failures import STOP_FILE, note_failure, noted_failure, with_one_retry
+from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import ResourceError, TrainingError
+from nuciseg.errors import ResourceError, StorageAwayError, TrainingError
+from nuciseg.tracking import METRICS_FILE
 
 
 def check_room(config: Config, *, verbose: bool) -> None:
@@ -74,22 +79,28 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
-            storage_path=str(job.run_dir.resolve()),
+            **storage_of_ray(job.mirror),
             # One more for the restart that only finds the noted failure and ends.
             failure_config=FailureConfig(max_failures=config.run.max_failures + 1),
             callbacks=callbacks,
         ),
     )
+    job.mirror.push()
     try:
-        trainer.fit()
+        with job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
+        _raise_known(error)
+        job.mirror.fetch()
         failure = noted_failure(job.run_dir)
         if failure is None:
             if any(isinstance(each, UserExceptionWithTraceback) for each in _worker_failures(error)):
                 raise  # a mistake of ours: its traceback is wanted
             failure = TrainingError(f"the workers died more than run.max_failures times: {_last_line(error)}")
             note_failure(job.run_dir, failure)
+            job.mirror.push()
         raise failure from error
+    job.mirror.fetch()
     failure = noted_failure(job.run_dir)
     if failure is not None:
         raise failure
@@ -100,6 +111,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
     job: Job = arguments["job"]
     context = ray.train.get_context()
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and job.bucket is not None:
+        job = _on_this_node(job, job.bucket)
     if distributed and noted_failure(job.run_dir) is not None:
         return  # started again after a failure that starting again cannot mend
     place = Place(
@@ -108,7 +121,24 @@ def train_loop(arguments: dict[str, Any]) -> None:
         device=_device(job, distributed),
     )
     must_one_go = _preempted if distributed else lambda: False
-    run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)), must_one_go)
+    with job.mirror.exchanging(received=(STOP_FILE,)) if distributed and place.rank == 0 else nullcontext():
+        run_worker(job, place, lambda epoch: ray.train.report(reported(epoch, job)), must_one_go)
+
+
+def storage_of_ray(folder: Mirror) -> dict[str, Any]:
+    """Where Ray keeps its own state of what lies in `folder`, as its configurations take it."""
+    if folder.uri is None:
+        return {"storage_path": str(folder.folder.resolve())}
+    bucket = BucketFolder(folder.uri)
+    return {"storage_path": bucket.path, "storage_filesystem": bucket.system}
+
+
+def _on_this_node(job: Job, bucket: str) -> Job:
+    """The job in this node's copy. Workers of one node share it, so none may write before all have fetched."""
+    mirror = working_copy(bucket, "workers")
+    mirror.fetch()
+    torch.distributed.barrier()
+    return replace(job, run_dir=mirror.folder)
 
 
 def _preempted() -> bool:
@@ -135,6 +165,14 @@ def reported(epoch: EpochReport, job: Job) -> dict[str, Any]:
 
 def _worker_failures(error: ray.train.TrainingFailedError) -> Iterable[BaseException]:
     return dict(getattr(error, "worker_failures", {})).values()
+
+
+def _raise_known(error: ray.train.TrainingFailedError) -> None:
+    """Raise what a worker could not note, because the storage is away."""
+    for each in _worker_failures(error):
+        cause = getattr(each, "_base_exc", None)
+        if isinstance(cause, StorageAwayError):
+            raise cause from error
 
 
 def _last_line(error: BaseException) -> str:

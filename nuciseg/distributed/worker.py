@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from nuciseg.config import Config, write_config
 from nuciseg.data.splits import Split
 from nuciseg.distributed.failures import batch_parts_factor, is_asked_to_stop, note_failure, noted_failure
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.engine.calibration import calibrate
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, replace_config, write_json
 from nuciseg.engine.datasets import TrainingSet, open_training_set
@@ -20,7 +22,7 @@ from nuciseg.engine.inference import Place, predict_instances, score_samples
 from nuciseg.engine.loop import EpochReport, train
 from nuciseg.engine.network import Network, load_network, stride_of
 from nuciseg.engine.precision import local_device
-from nuciseg.errors import NucisegError, StoppedError
+from nuciseg.errors import NucisegError, StoppedError, StorageAwayError
 from nuciseg.metrics import ImageScores, Scores
 from nuciseg.plots import triptych
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
@@ -36,12 +38,20 @@ OVERLAYS_EVERY_EPOCHS = 5  # and after each of the first: a scheduler may stop t
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what to train, where its folder is, how W&B names it. The same for every worker."""
+    """One run: what to train, where its folder is, how W&B names it. The same for every worker.
+
+    With a `bucket`, the address of a folder there, `run_dir` is this process's copy of it.
+    """
 
     config: Config
     run_dir: Path
     identity: RunIdentity
     verbose: bool = False
+    bucket: str | None = None
+
+    @property
+    def mirror(self) -> Mirror:
+        return Mirror(self.run_dir, self.bucket)
 
 
 def run_worker(
@@ -62,6 +72,9 @@ def run_worker(
         _run(job, _cut_smaller(job.config, parts_factor), place, report, must_one_go)
     except NucisegError as error:
         note_failure(job.run_dir, error, parts_factor)
+        with contextlib.suppress(StorageAwayError):  # what is raised came first
+            if not isinstance(error, StorageAwayError):
+                job.mirror.push()
         raise
 
 
@@ -84,12 +97,13 @@ def _run(
     must_one_go: Callable[[], bool],
 ) -> None:
     data = open_training_set(config, stride_of(config))
-    store = CheckpointStore(job.run_dir)
+    store = CheckpointStore(job.run_dir, on_saved=job.mirror.push)
     diary = _Diary(job, config, data, store) if place.rank == 0 else None
 
     def on_epoch(epoch: EpochReport) -> None:
         if diary is not None:
             diary.write(epoch)
+            job.mirror.push()  # a scheduler that hears of the epoch may end this process
         report(epoch)
 
     exit_code = 1
@@ -97,7 +111,7 @@ def _run(
         progress = train(config, data, place, store, on_epoch, _looking_around(job.run_dir), must_one_go)
         if progress.batches:
             raise StoppedError(
-                f"asked to stop in epoch {progress.epoch + 1}, after a checkpoint; go on with --resume {job.run_dir}"
+                f"asked to stop in epoch {progress.epoch + 1}, after a checkpoint; go on with --resume {job.mirror}"
             )
         if diary is not None:
             diary.conclude(place)
@@ -105,6 +119,8 @@ def _run(
     finally:
         if diary is not None:
             diary.tracker.finish(exit_code)
+    if diary is not None:
+        job.mirror.push()
 
 
 def _looking_around(run_dir: Path) -> Callable[[], Wish]:
@@ -135,6 +151,7 @@ class _Diary:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         describe_run_dir(config, data.split, job.run_dir)
         self.tracker = _open_tracker(job, config, store)
+        job.mirror.push()  # resumed from anywhere, it is the same W&B run
 
     def write(self, report: EpochReport) -> None:
         epoch = report.progress.epoch
@@ -185,6 +202,7 @@ def conclude_stopped(job: Job) -> None:
         _draw_panel(load_network(store.best, local_device())[0], data, tracker, checkpoint.progress.epoch)
     _conclude(job.run_dir, store.best, tracker)
     tracker.finish(0)
+    job.mirror.push()
 
 
 def _draw_panel(network: Network, data: TrainingSet, tracker: Tracker, epoch: int) -> None:

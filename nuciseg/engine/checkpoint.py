@@ -199,8 +199,9 @@ def replace_config(folder: Path, config: Config, scores: Mapping[str, float]) ->
 class CheckpointStore:
     """The checkpoints of one run: best and last."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.folder = run_dir / "checkpoints"
+    def __init__(self, run_dir: Path, on_saved: Callable[[], None] = lambda: None) -> None:
+        """`on_saved` is called at the end of each `save`: only when it returns is the checkpoint kept."""
+        self.folder, self.on_saved = run_dir / "checkpoints", on_saved
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
@@ -212,6 +213,7 @@ class CheckpointStore:
         self._drop_all_but(before, self.best)
         save_checkpoint(checkpoint, path)
         self._drop_all_but(path, best, before)
+        self.on_saved()
         return path
 
     def adopt(self, folder: Path) -> None:

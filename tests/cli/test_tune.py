@@ -15,6 +15,7 @@ from small_runs import SMALL, last_checkpoint, logged_epochs, run, small_config
 from nuciseg.config import load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.distributed.final import train_final
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import FINISHED_FILE
 from nuciseg.errors import DataError, ResourceError
@@ -183,7 +184,7 @@ def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path)
     left_over = tmp_path / "final" / ".checkpoints.copy" / "epoch-0001"  # by an attempt that was killed as it copied
     left_over.mkdir(parents=True)
     for _ in range(2):  # the second finds it done
-        final = train_final(config, tmp_path, tmp_path / "trial", verbose=False)
+        final = train_final(config, Mirror(tmp_path), Mirror(tmp_path / "trial"), verbose=False).folder
     assert last_checkpoint(final).progress == last_checkpoint(tmp_path / "trial").progress
     assert not left_over.exists()
     assert logged_epochs(final) == [1, 2]
@@ -192,10 +193,10 @@ def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path)
 
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot be written"):
-        train_final(config, tmp_path / "file", tmp_path / "trial", verbose=False)
+        train_final(config, Mirror(tmp_path / "file"), Mirror(tmp_path / "trial"), verbose=False)
 
     longer = config.replaced({"train.epochs": 3})
-    final = train_final(longer, tmp_path / "longer", tmp_path / "trial", verbose=False)
+    final = train_final(longer, Mirror(tmp_path / "longer"), Mirror(tmp_path / "trial"), verbose=False).folder
     assert logged_epochs(final) == [1, 2, 3]
     trained, taken = (last_checkpoint(folder).progress.history[0]["train_s"] for folder in (final, tmp_path / "trial"))
     assert trained != taken, "a schedule of other length is begun anew"

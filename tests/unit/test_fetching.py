@@ -192,6 +192,6 @@ def test_a_wrong_type_is_named_once() -> None:
         load_config(overrides={"data": {"root": 3}})
 
 
-def test_a_run_is_not_written_into_a_folder_called_s3() -> None:
-    with pytest.raises(ConfigError, match=r"^flags: run.storage_path is 's3://b/runs': runs are written to folders al"):
-        load_config(overrides={"run": {"storage_path": "s3://b/runs"}})
+def test_runs_may_lie_in_a_bucket() -> None:
+    where = [load_config(overrides={"run": {"storage_path": text}}).run.storage_path for text in ("s3://b/x", "x")]
+    assert where == ["s3://b/x", Path("x")]

@@ -21,6 +21,7 @@ from nuciseg.distributed.limits import (
     spent_seconds,
     trials_within_disk,
 )
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.runs import trial_disk_bytes
 from nuciseg.distributed.trials import Trial
 from nuciseg.engine.checkpoint import write_json
@@ -61,14 +62,14 @@ def test_no_more_trials_at_a_time_than_the_disk_has_room_for() -> None:
 def test_a_winner_is_not_trained_beyond_the_bound(tmp_path: Path) -> None:
     config = small_config(**{"train.epochs": 20, "search.max_hours": 1.0})
     trials = [Trial("t", {"optim.lr": 0.1}, score=0.5, tie_break=0.5, epochs=5, seconds=600.0, failure=None)]
-    refuse_late_winner(trials, config, tmp_path)  # 20 epochs of 2 minutes
+    refuse_late_winner(trials, config, Mirror(tmp_path))  # 20 epochs of 2 minutes
     write_json({"seconds": 1300.0}, tmp_path / "search_time.json")
     assert spent_seconds(tmp_path) == 1300
     with pytest.raises(SearchEndedError, match=r"with the winner's 20 epochs it would take 1\.03 h, more than") as late:
-        refuse_late_winner(trials, config, tmp_path)
+        refuse_late_winner(trials, config, Mirror(tmp_path))
     assert late.value.trials == trials
-    refuse_late_winner(trials, config.replaced({"search.max_hours": 1.1}), tmp_path)
-    refuse_late_winner(trials, config.replaced({"train.epochs": 5}), tmp_path)
+    refuse_late_winner(trials, config.replaced({"search.max_hours": 1.1}), Mirror(tmp_path))
+    refuse_late_winner(trials, config.replaced({"train.epochs": 5}), Mirror(tmp_path))
 
 
 class PlayedSearch:
@@ -79,7 +80,7 @@ class PlayedSearch:
         self.config = small_config(**{"search.space": {"optim.lr": {"choice": [0.1]}}, "search.final": False, **bounds})
         write_config(self.config, folder / "config.yaml")
         self.trials = [PlayedTrial(f"t{number}") for number in range(num_trials)]
-        self.limits = Limits(folder, concurrent=2)
+        self.limits = Limits(Mirror(folder), concurrent=2)
         self.limits.setup(total_num_samples=num_trials)
 
     def step(self, *ended: int, running: tuple[int, ...] = ()) -> None:
@@ -129,9 +130,9 @@ def test_the_loop_is_left_when_every_running_trial_has_reported(tmp_path: Path) 
     assert spent_seconds(tmp_path) == pytest.approx(3600, abs=5)
     best = Trial("t1", {}, score=0.5, tie_break=0.5, epochs=5, seconds=600.0, failure=None)
     assert re.search(
-        r"of 4 trials 1 ended, 0 can go on from a checkpoint, 3 were", closed.value.describe(tmp_path, [best])
+        r"of 4 trials 1 ended, 0 can go on from a checkpoint, 3 were", closed.value.describe(Mirror(tmp_path), [best])
     )
-    reopen(tmp_path)
+    reopen(Mirror(tmp_path))
     assert not search.is_closed
 
 

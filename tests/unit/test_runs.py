@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from small_runs import small_config
 
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import describe_disk_need, refuse_other_settings, train_identity
 from nuciseg.engine.checkpoint import disk_need_bytes
@@ -61,7 +62,7 @@ def test_the_flag_that_a_resumed_run_cannot_take_is_named(flags: dict[str, objec
 
 
 def test_the_table_is_drawn_while_trials_are_added(tmp_path: Path) -> None:
-    progress = SearchProgress(small_config(), tmp_path, concurrent=1)
+    progress = SearchProgress(small_config(), Mirror(tmp_path), concurrent=1)
     failures: list[BaseException] = []
     done = threading.Event()
 
