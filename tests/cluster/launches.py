@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +46,12 @@ def open_dashboard(laptop: Host, cluster_file: str, log: Path) -> subprocess.Pop
     wait_for(lambda: laptop.listens(8265) or forwarding.poll() is not None, "the dashboard", 120)
     assert forwarding.poll() is None, log.read_text()
     return forwarding
+
+
+def close_dashboard(forwarding: subprocess.Popen[bytes]) -> None:
+    """End `ray dashboard` by Ctrl+C."""
+    os.killpg(forwarding.pid, signal.SIGINT)
+    forwarding.wait(60)
 
 
 def submit(laptop: Host, words: Sequence[str], *, timeout_s: float) -> str:

@@ -11,6 +11,7 @@ import yaml
 from hosts import HOME, REPOSITORY, Host, Lan, wait_for, why_no_hosts
 from launches import (
     JOBS,
+    close_dashboard,
     hosts_with,
     limit_nodes,
     open_dashboard,
@@ -126,9 +127,10 @@ def test_search_of_two_hosts_a_trial_goes_on_while_the_laptop_is_closed(cluster:
     search_dir = cluster.shared / "runs" / "search"
     wait_for(lambda: (search_dir / "results.json").exists(), "the end of the trials", 400, told=printed)
     cluster.lan.power_on(cluster.laptop)
-    open_dashboard(cluster.laptop, CLUSTER, tmp_path / "dashboard.log")
-
+    forwarding = open_dashboard(cluster.laptop, CLUSTER, tmp_path / "dashboard.log")
     said = wait_for_end(job, cluster.laptop, limit_s=400)
+    close_dashboard(forwarding)
+
     trials = trials_in(search_dir)
     assert [trial["failure"] for trial in trials] == [None, None]
     for trial in trials:
