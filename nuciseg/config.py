@@ -31,6 +31,7 @@ from nuciseg.losses import CombinedConfig, LossConfig
 from nuciseg.metrics import METRIC_NAMES
 from nuciseg.models import ModelConfig, TimmConfig, UnetConfig
 from nuciseg.optim import OptimConfig, ScheduleConfig
+from nuciseg.scale import FORMS, ScaleConfig
 from nuciseg.section import Section
 from nuciseg.targets import TargetConfig, TouchingBorderConfig
 from nuciseg.tracking import TrackingConfig
@@ -107,14 +108,6 @@ class InferenceConfig(Section):
         description="times that the border found is drawn on the image and the network asked again, until it closes; "
         "for networks trained with augment.drawn_borders",
     )
-
-
-class ScaleConfig(Section):
-    """Workers and what each has."""
-
-    num_workers: int = Field(1, ge=1, description="data-parallel workers of a run (of each trial in a search)")
-    use_gpu: bool | None = Field(None, description="one GPU a worker; none: where the cluster has, or may get, GPUs")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPUs a worker; none: all, in a trial 1 (GPU: 4)")
 
 
 class RunConfig(Section):
@@ -404,7 +397,8 @@ def _sentence(error: ValidationError) -> str:
     tags = _union_tags()  # the tags of unions stand in pydantic's location, but not in the key
     faults = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"] if part not in tags or part == fault["loc"][-1])
+        place = [part for part in fault["loc"] if part not in FORMS]
+        key = ".".join(str(part) for part in place if part not in tags or part == place[-1])
         if fault["type"] == "extra_forbidden":
             faults.append(f"unknown key {key!r}{nearest_key(key)}")
         elif fault["type"] == "value_error" and not key:

@@ -189,7 +189,7 @@ def _print_machines(
     for name in _machine_names(args, device):
         on = machine(name, dollars)
         scaled = _paces_on(name, on, works, measured, args, device)
-        at_once = args.nodes * (on.num_gpus or on.num_cpus) // config.scale.num_workers
+        at_once = args.nodes * (on.num_gpus or on.num_cpus) // config.scale.max_workers
         if not at_once:
             table.add_row(f"{args.nodes} x {name}", "0", "-", "-", "-", "-", "-")
             continue
@@ -213,7 +213,7 @@ def _cells(
 ) -> Iterator[str]:
     from nuciseg.engine.planning import link_gbps, step_of
 
-    workers = config.scale.num_workers
+    workers = config.scale.max_workers
     steps = [
         step_of(work, pace, workers, link_gbps(on, workers), config.data.num_loader_threads).seconds
         for work, pace in zip(works, paces, strict=True)
@@ -236,7 +236,7 @@ def _this_machine(config: Config, device: torch.device) -> tuple[Machine, int, s
     cores = os.cpu_count() or 1
     own_link_gbps = 80.0  # between processes or GPUs of one machine: to be measured by `nuciseg doctor`
     here = Machine(gpus, cores, 0.0, own_link_gbps)
-    at_once = max(1, (gpus or cores // (config.scale.cpus_per_worker or 1)) // config.scale.num_workers)
+    at_once = max(1, (gpus or cores // (config.scale.cpus_per_worker or 1)) // config.scale.max_workers)
     return here, at_once if config.search.space else 1, f"{gpus} GPUs" if gpus else f"{cores} cores"
 
 
@@ -281,7 +281,7 @@ def _times(config: Config, works: Sequence[Work], paces: Sequence[Pace], on: Mac
     from nuciseg.distributed.space import num_trials
     from nuciseg.engine.planning import epoch_s, link_gbps, search_time, step_of
 
-    workers = config.scale.num_workers
+    workers = config.scale.max_workers
     threads = config.data.num_loader_threads
     epochs_s = [
         epoch_s(work, pace, step_of(work, pace, workers, link_gbps(on, workers), threads), workers)
@@ -365,6 +365,8 @@ def _assumptions(config: Config, args: argparse.Namespace, device: torch.device)
     if config.search.space:
         yield "the networks of the space are drawn alike often, all with the batch size and crops of the configuration"
         yield f"a trial starts in {TRIAL_START_S[1]:g} s ({TRIAL_START_S[2]:g} s with more workers), and none fails"
+    if config.scale.min_workers < config.scale.max_workers:
+        yield f"there is room for {config.scale.max_workers} workers, the most of scale.num_workers, all the time"
     yield "gradients are not hidden behind the backward pass, machines keep up their baseline network rate"
     yield f"prices are on-demand list prices of early 2026, with one {HEAD} as head; starting machines is not counted"
     yield "the disk holds checkpoints alone: pictures for W&B and the cache of decoded images come to it"

@@ -15,9 +15,9 @@ import ray
 import torch
 from ray.exceptions import AuthenticationError
 
-from nuciseg.config import ScaleConfig
 from nuciseg.distributed.growth import Resources, nodes_within_reach
 from nuciseg.errors import ResourceError
+from nuciseg.scale import ScaleConfig, WorkerRange
 
 ANSWER_TIMEOUT_S = 10.0  # of the head's port; Ray itself tries for four minutes
 GPU_TRIAL_CPUS = 4  # feeds one GPU; fewer where the node has fewer
@@ -176,7 +176,7 @@ def worker_need(scale: ScaleConfig, *, for_trial: bool) -> Need:
     if for_trial and not gpus:
         return Need(1, 0)
     nodes = nodes_within_reach("GPU" if gpus else "CPU")
-    return widest_need(cluster_gpus if for_trial else scale.num_workers, gpus, nodes)
+    return widest_need(cluster_gpus if for_trial else scale.max_workers, gpus, nodes)
 
 
 def gpus_within_reach() -> int:
@@ -210,12 +210,13 @@ def worker_slots(need: Need, nodes: Sequence[Resources]) -> int:
     return slots
 
 
-def require_room(
-    num_workers: int,
-    need: Need,
-    asked: str = "scale.num_workers",
-    cure: str = "lower scale.num_workers or scale.cpus_per_worker, or add nodes",
-) -> int:
+def require_room_for_runs(scale: ScaleConfig, need: Need) -> int:
+    """The number of runs that fit at once, each with its fewest workers; raises ResourceError where not one does."""
+    asked = "scale.num_workers" + (".min" if isinstance(scale.num_workers, WorkerRange) else "")
+    return require_room(scale.min_workers, need, asked, f"lower {asked} or scale.cpus_per_worker, or add nodes")
+
+
+def require_room(num_workers: int, need: Need, asked: str, cure: str) -> int:
     """The number of runs of `num_workers` that fit at once; raises ResourceError where not even one does.
 
     `asked` is the setting that the number came from, `cure` what the user can do.

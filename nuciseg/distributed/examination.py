@@ -15,15 +15,17 @@ from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import measure_all_reduce
 from nuciseg.distributed.checks import Check, failed, passed
 from nuciseg.distributed.clocks import clock_offsets
-from nuciseg.distributed.cluster import connect, require_room, worker_need
+from nuciseg.distributed.cluster import connect, require_room_for_runs, worker_need
 from nuciseg.distributed.node_facts import NodeFacts, first_image, node_facts, versions, wandb_state
 from nuciseg.distributed.nodes import alive_nodes, on_every_node
 from nuciseg.distributed.rehearsal import rehearse
 from nuciseg.distributed.runs import disk_need
+from nuciseg.distributed.space import refuse_elastic_trials
 from nuciseg.distributed.storage import require_shared
 from nuciseg.engine.network import count_parameters
 from nuciseg.errors import NucisegError, ResourceError
 from nuciseg.images import require_writable
+from nuciseg.scale import WorkerRange
 
 GRADIENT_BYTES = 4  # fp32, whatever the network computes in
 
@@ -76,9 +78,14 @@ def _attempted(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _room(config: Config) -> Check:
-    need = worker_need(config.scale, for_trial=bool(config.search.space))
-    runs = require_room(config.scale.num_workers, need)
-    each = f"{config.scale.num_workers} workers" if config.scale.num_workers > 1 else "one worker"
+    scale = config.scale
+    if config.search.space:
+        refuse_elastic_trials(config)
+    need = worker_need(scale, for_trial=bool(config.search.space))
+    runs = require_room_for_runs(scale, need)
+    each = f"{scale.min_workers} workers" if scale.min_workers > 1 else "one worker"
+    if isinstance(scale.num_workers, WorkerRange):
+        each += f" (at most {scale.max_workers})"
     return passed("room", f"for {runs} at a time of {each} with {need.cpus} CPUs and {need.gpus} GPUs")
 
 

@@ -23,7 +23,7 @@ from ray.tune.search.sample import Integer
 
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, load_config, write_config
-from nuciseg.distributed.cluster import Need, connect, require_room, worker_need
+from nuciseg.distributed.cluster import Need, connect, require_room_for_runs, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.final import FINAL_FOLDER
 from nuciseg.distributed.limits import (
@@ -187,7 +187,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
         raise
     if mirror.uri is None:
         take_over_twin(job, plan.folder)
-    if job.config.scale.num_workers > 1:
+    if job.config.scale.max_workers > 1:
         fit_workers(job, plan.need, callbacks=[TuneReportCallback()])
         # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.
         tune.report(_last_report(job))
@@ -253,13 +253,13 @@ def _plan(config: Config, folder: Path | Mirror, verbose: bool) -> Plan:
 def _trainable(plan: Plan) -> Any:
     # A trial of several workers holds no CPU itself, not a hundredth of one: trials could take what their own workers
     # need, and wait for ever. Tune wants it to hold something; on the head node it outlives a lost worker node.
-    alone = plan.base.scale.num_workers == 1
+    alone = plan.base.scale.max_workers == 1
     resources = {"CPU": plan.need.cpus, "GPU": plan.need.gpus} if alone else {"node:__internal_head__": 0.001}
     return tune.with_resources(tune.with_parameters(_run_trial, plan=plan), resources)
 
 
 def _concurrent_trials(config: Config, need: Need) -> int:
-    room = require_room(config.scale.num_workers, need)
+    room = require_room_for_runs(config.scale, need)
     return min(room, config.search.max_concurrent or room, trials_within_disk(config) or room)
 
 
@@ -310,7 +310,7 @@ def _scheduler(config: Config, space: Mapping[str, Any]) -> TrialScheduler:
 
 
 def _population_based(config: Config, space: Mapping[str, Any]) -> PopulationBasedTraining:
-    if config.scale.num_workers > 1:
+    if config.scale.max_workers > 1:
         raise ConfigError("search.scheduler pbt needs trials of one worker: set scale.num_workers to 1, or use asha")
     if config.search.sampler == "optuna":
         raise ConfigError("search.scheduler pbt draws by itself: set search.sampler to random")

@@ -20,6 +20,7 @@ from ray import tune
 from nuciseg.config import Config, known_keys, nearest_key
 from nuciseg.distributed.trials import as_text, plain_values
 from nuciseg.errors import ConfigError
+from nuciseg.scale import WorkerRange
 
 _SAMPLERS = (
     "uniform",
@@ -66,9 +67,20 @@ def build_space(config: Config) -> dict[str, Any]:
     one by one may still not fit each other, and normal distributions have no bounds: such a sample is refused by
     `configure` before its trial trains. Raises ConfigError.
     """
+    refuse_elastic_trials(config)
     if not config.search.space:
         raise ConfigError("search.space is empty; give at least one line, as `optim.lr: {loguniform: [1e-5, 1e-2]}`")
     return {key: _sampler(key, line, config) for key, line in config.search.space.items()}
+
+
+def refuse_elastic_trials(config: Config) -> None:
+    """Raise ConfigError for trials without a fixed number of workers: they would take each other's room."""
+    workers = config.scale.num_workers
+    if isinstance(workers, WorkerRange):
+        raise ConfigError(
+            f"scale.num_workers is from {workers.min} to {workers.max}, which a run of `train` may have but not the "
+            f"trials of a search; set it to one number, such as --scale.num_workers {workers.min}"
+        )
 
 
 def configure(base: Config, sample: Mapping[str, Any]) -> Config:

@@ -17,23 +17,28 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from nuciseg.buckets import BucketFolder
-from nuciseg.config import Config, ScaleConfig
-from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room, worker_need
+from nuciseg.config import Config
+from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room_for_runs, worker_need
 from nuciseg.distributed.failures import STOP_FILE, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
 from nuciseg.errors import ResourceError, StorageAwayError, TrainingError
+from nuciseg.scale import ScaleConfig, WorkerRange
 from nuciseg.tracking import METRICS_FILE
+
+LOOK_FOR_ROOM_S = 20.0  # Ray counts the nodes as often
+# Where a node was lost Ray may still count it, and wait for room on it. Ray's own 60 s are for a number that is fixed.
+ROOM_TIMEOUT_S = 10.0
 
 
 def check_room(config: Config, *, verbose: bool) -> None:
     """Raise ResourceError where the machine or cluster lacks what `config.scale` asks for."""
     scale = config.scale
-    if scale.num_workers > 1 or _gpu_is_elsewhere(scale, verbose):
+    if scale.max_workers > 1 or _gpu_is_elsewhere(scale, verbose):
         connect(verbose)
-        require_room(scale.num_workers, worker_need(scale, for_trial=False))
+        require_room_for_runs(scale, worker_need(scale, for_trial=False))
     elif scale.use_gpu and not torch.cuda.is_available():
         raise ResourceError("scale.use_gpu is true but this machine has no GPU that torch can use; set it to false")
 
@@ -48,7 +53,7 @@ def run_training(job: Job) -> None:
     quieten(job.verbose)
     check_room(job.config, verbose=job.verbose)
     scale = job.config.scale
-    if scale.num_workers == 1 and not _gpu_is_elsewhere(scale, job.verbose):
+    if scale.max_workers == 1 and not _gpu_is_elsewhere(scale, job.verbose):
         if scale.cpus_per_worker is not None:
             torch.set_num_threads(scale.cpus_per_worker)
         trainer = TorchTrainer(train_loop, train_loop_config={"job": job}, scaling_config=ScalingConfig(num_workers=0))
@@ -69,13 +74,20 @@ def _gpu_is_elsewhere(scale: ScaleConfig, verbose: bool) -> bool:
 def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
     """Run `job` on several workers; raises the NucisegError that ended it, if one did."""
     config = job.config
+    workers: int | tuple[int, int]
+    if isinstance(config.scale.num_workers, WorkerRange):
+        workers = config.scale.min_workers, config.scale.max_workers
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_TIMEOUT_S))
+    else:
+        workers = config.scale.num_workers
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.scale.num_workers,
+            num_workers=workers,
             use_gpu=need.gpus > 0,
             resources_per_worker={"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {}),
+            elastic_resize_monitor_interval_s=LOOK_FOR_ROOM_S,
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",

@@ -185,7 +185,7 @@ def _record_of(search: SearchRecord) -> StudyRecord:
         epochs=_common(config.train.epochs for config in configs),
         crop_px=_common(config.data.crop_px for config in configs),
         batch_size=_common(config.data.batch_size for config in configs),
-        cpus_per_trial=_common(config.scale.num_workers * (config.scale.cpus_per_worker or 1) for config in configs),
+        cpus_per_trial=_common(config.scale.max_workers * (config.scale.cpus_per_worker or 1) for config in configs),
         num_folds=search.config.data.num_folds if has_folds else None,
         same_border=len({(config.target.kind, config.target.width_px) for config in configs}) < 2,
         splits=_splits_of(runs),

@@ -145,9 +145,9 @@ def test_another_ray_is_one_sentence(client: Client) -> None:
 
 def test_gpus_that_the_cluster_may_grow_to_count(client: Client) -> None:
     scale = "from nuciseg.config import ScaleConfig; need = worker_need(ScaleConfig(use_gpu=True), for_trial=True); "
-    said = client.says(CONNECTED + scale + "print(gpus_within_reach(), need, require_room(1, need))")
+    said = client.says(CONNECTED + scale + "print(gpus_within_reach(), need, require_room(1, need, '--n', ''))")
     assert said == "2 Need(cpus=4, gpus=1) 2"  # three nodes at most, one of which is there
-    said = client.says(CONNECTED + scale + "require_room(5, need)")
+    said = client.says(CONNECTED + scale + "require_room(5, need, '--n', '')")
     assert "but the cluster at its largest (CPUs: 20, GPUs: 2) has room for 2 such workers" in said, said
 
 

@@ -236,6 +236,12 @@ def test_population_based_training_wants_trials_of_one_worker() -> None:
         check_search(config, verbose=False)
 
 
+def test_trials_have_a_fixed_number_of_workers() -> None:
+    config = with_space(LR).replaced({"scale.num_workers": {"min": 1, "max": 2}})
+    with pytest.raises(ConfigError, match=r"scale\.num_workers is from 1 to 2, .* such as --scale\.num_workers 1$"):
+        check_search(config, verbose=False)
+
+
 def test_a_grid_is_made_of_choices() -> None:
     space = _search_space(with_space({"optim.lr": {"choice": [0.1, 0.01]}}, sampler="grid"))
     assert space["optim.lr"] == tune.grid_search([0.1, 0.01])

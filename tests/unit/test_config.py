@@ -213,6 +213,17 @@ def test_replaced_validates_the_whole() -> None:
         Config().replaced({"seed.x": 1})
 
 
+def test_a_run_has_a_number_of_workers_or_a_range_of_them(tmp_path: Path) -> None:
+    scale = Config().replaced({"scale.num_workers": 3}).scale
+    assert (scale.num_workers, scale.min_workers, scale.max_workers) == (3, 3, 3)
+    path = yaml_file(tmp_path, "scale: {num_workers: {min: 1, max: 4}}")
+    config = from_command_line("--config", str(path), "--scale.num_workers.max", "8")
+    assert (config.scale.min_workers, config.scale.max_workers) == (1, 8)
+    assert from_command_line("--config", str(path), "--scale.num_workers", "2").scale.num_workers == 2
+    write_config(config, tmp_path / "written.yaml")
+    assert load_config(tmp_path / "written.yaml") == config
+
+
 # --------------------------------------------------------------------------------------------------------- refused
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -228,6 +239,11 @@ def test_replaced_validates_the_whole() -> None:
         ("train: {metric: cluster_scor}", "did you mean 'cluster_score'?"),
         ("model: {kind: unett}", "model"),
         ("run: {name: ../elsewhere}", "run.name is '../elsewhere': "),
+        ("scale: {num_workers: 0}", "scale.num_workers is 0: input should be greater than or equal to 1"),
+        ("scale: {num_workers: two}", "scale.num_workers is 'two': input should be a valid integer"),
+        ("scale: {num_workers: {min: 3, max: 2}}", "min 3 is more than max 2: swap them, or give one number"),
+        ("scale: {num_workers: {min: 0, max: 2}}", "scale.num_workers.min is 0: input should be greater than or"),
+        ("scale: {num_workers: {min: 1}}", "scale.num_workers.max is {'min': 1}: field required"),
         ("seed: 1\ndata: [1, 2]", "data is [1, 2]: "),
         ("- 1\n- 2", "a configuration is a mapping of sections, found list"),
         ("seed: {", "not valid YAML"),

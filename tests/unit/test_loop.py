@@ -384,6 +384,33 @@ def test_workers_keep_one_checkpoint_when_a_machine_has_to_go_and_lose_no_step(t
         assert figures([mine])[0] == pytest.approx(figures([theirs])[0], rel=1e-6)  # sums of other groups of images
 
 
+def _stop_in_mid_epoch(place: Place, config: Config, run_dir: Path) -> int:
+    answers = iter([Wish.GO_ON, Wish.STOP])
+    train(config, open_data(config), place, CheckpointStore(run_dir), lambda report: None, lambda: next(answers))
+    return last_checkpoint(run_dir).progress.batches
+
+
+def test_one_worker_goes_on_with_the_images_that_two_have_left(
+    one_and_three: tuple[Path, list[list[str]]], tmp_path: Path
+) -> None:
+    """From a checkpoint of the middle of an epoch: each image is learned from once, as if there always had been one."""
+    config = small_config(**UNEVEN)
+    assert on_workers(2, tmp_path / "rendezvous", _stop_in_mid_epoch, config, tmp_path / "run") == [2, 2]
+    learned = _train_and_note_ids(Place(), config, tmp_path / "run")
+    data = open_data(config)
+    batches = data.training_data.plan(1, config.data.batch_size)
+    left = [data.samples.ids[index] for batch in batches[2:] for index in batch.indices]
+    assert len(left) == 6
+    assert sorted(learned) == sorted(left + [data.samples.ids[index] for index in data.split.train])
+    mixed, one = (last_checkpoint(run_dir) for run_dir in (tmp_path / "run", one_and_three[0] / "1"))
+    assert mixed.progress.step == one.progress.step
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(mixed.weights[name], tensor, rtol=1e-3, atol=1e-5)
+    for key in ("train_loss", "learning_rate"):
+        expected = [row[key] for row in one.progress.history]
+        assert [row[key] for row in mixed.progress.history] == pytest.approx(expected, rel=1e-4)
+
+
 def _fail_together(place: Place, config: Config, run_dir: Path) -> str:
     with pytest.raises(NonFiniteLossError) as raised:
         run(config, run_dir, place)

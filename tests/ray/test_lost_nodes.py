@@ -1,0 +1,229 @@
+"""Nodes of a cluster lose their power while it trains: what goes on, with what, and after how many seconds.
+
+Each test prints the seconds (`pytest -rP`); docs/reliability.md has those of one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from played_nodes import (
+    PlayedCluster,
+    await_held,
+    has_worker,
+    hold,
+    played_cluster,
+    release,
+    seconds_until_epoch,
+)
+from small_runs import QUICK_TO_LEARN, assert_same_run, last_checkpoint, logged_epochs, run, wait_until
+
+from nuciseg.config import Config, load_config, merged
+from nuciseg.distributed.trials import RESULTS_FILE
+from nuciseg.distributed.worker import FINISHED_FILE
+from nuciseg.engine.checkpoint import CheckpointStore
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# 48 images in batches of 6: 8 steps an epoch.
+RUN = {
+    "data": {"batch_size": 6},
+    "optim": {"lr": 0.05},
+    "train": {"epochs": 5, "calibrate": False},
+    "scale": {"num_workers": 2, "cpus_per_worker": 1},
+}
+STEPS = 8
+SPREAD = 0.02  # of a score, between runs whose numbers of workers differ: sums in another order
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedCluster]:
+    with played_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+def write_settings(folder: Path, name: str, **more: Any) -> Config:
+    """`NAME.yaml` of a run or search whose folder is `runs/NAME`."""
+    here = {"run": {"storage_path": str(folder / "runs"), "name": name}}
+    settings = merged(merged(merged(QUICK_TO_LEARN, RUN), here), more)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return load_config(folder / f"{name}.yaml")
+
+
+def show(what: str, seconds: float) -> None:
+    print(f"seconds: {what}: {seconds:.1f}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: PlayedCluster) -> Path:
+    """The folder of a run by two workers that nothing happened to."""
+    cluster.have_nodes(2)
+    write_settings(cluster.folder, "undisturbed")
+    cluster.await_end(cluster.drive("train", "--config", "undisturbed.yaml"))
+    return cluster.folder / "runs" / "undisturbed"
+
+
+def start_held(cluster: PlayedCluster, name: str, step: int, **more: Any) -> tuple[Any, Path]:
+    """A driver whose workers wait before a step by now, and the folder of its run."""
+    write_settings(cluster.folder, name, **more)
+    run_dir = cluster.folder / "runs" / name
+    hold(run_dir, step)
+    driver = cluster.drive("train", "--config", f"{name}.yaml")
+    await_held(run_dir, step)
+    return driver, run_dir
+
+
+def test_a_fixed_number_of_workers_waits_for_a_spare(cluster: PlayedCluster, undisturbed: Path) -> None:
+    _, lost = cluster.have_nodes(2)
+    in_mid_epoch = STEPS + 2
+    driver, run_dir = start_held(cluster, "fixed", in_mid_epoch)
+    cut_s = cluster.cut_power(lost)
+    release(run_dir, in_mid_epoch)
+    wait_until(lambda: time.time() > cut_s + 10, "a while")
+    assert logged_epochs(run_dir) == [1], "two workers trained on one CPU"
+    cluster.add_node()
+    joined_s = time.time()
+    show("fixed, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 2, joined_s))
+    cluster.await_end(driver)
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_an_elastic_run_shrinks_and_grows(cluster: PlayedCluster, undisturbed: Path) -> None:
+    """Three workers, of which two are lost at once; one goes on alone until a spare joins."""
+    kept, *lost = cluster.have_nodes(3)
+    first, second = STEPS + 2, 3 * STEPS + 2
+    driver, run_dir = start_held(cluster, "elastic", first, scale={"num_workers": {"min": 1, "max": 3}})
+    assert all(map(has_worker, (kept, *lost)))
+    hold(run_dir, second)
+    cut_s = cluster.cut_power(*lost)
+    release(run_dir, first)
+    show("elastic, from the cut to the next epoch", seconds_until_epoch(run_dir, 2, cut_s))
+    await_held(run_dir, second)
+    assert has_worker(kept)
+    assert logged_epochs(run_dir) == [1, 2, 3]
+    spare = cluster.add_node()
+    joined_s = time.time()
+    wait_until(lambda: has_worker(spare), "a second worker")
+    release(run_dir, second)
+    show("elastic, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 4, joined_s))
+    cluster.await_end(driver)
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
+    mine, theirs = (last_checkpoint(folder).progress for folder in (run_dir, undisturbed))
+    assert mine.step == theirs.step == 5 * STEPS
+    for row, expected in zip(mine.history, theirs.history, strict=True):
+        assert row["learning_rate"] == expected["learning_rate"]
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+        assert row["border_dice"] == pytest.approx(expected["border_dice"], abs=SPREAD)
+
+
+def test_a_node_that_is_to_go_leaves_a_checkpoint(cluster: PlayedCluster, undisturbed: Path) -> None:
+    _, going = cluster.have_nodes(2)
+    in_mid_epoch, later = STEPS + 1, 2 * STEPS + 1
+    driver, run_dir = start_held(cluster, "drained", in_mid_epoch)
+    hold(run_dir, later)
+    spare = cluster.add_node()
+    store = CheckpointStore(run_dir)
+    cluster.drain(going, deadline_s=30)
+    drained_s = time.time()
+    wait_until(lambda: time.time() > drained_s + 10, "Ray's look at its nodes, which it takes every five seconds")
+    before = {path.name for path in store.folder.iterdir()}
+    release(run_dir, in_mid_epoch)
+    await_held(run_dir, later)
+    after = {path.name for path in store.folder.iterdir()}
+    assert (before, after) == ({"epoch-0001"}, {"epoch-0001-batch-000002", "epoch-0002"})
+    wait_until(lambda: has_worker(spare), "a worker on the spare")
+    release(run_dir, later)
+    show("drained, from the notice to the next epoch elsewhere", seconds_until_epoch(run_dir, 3, drained_s))
+    cluster.await_end(driver)
+    cluster.cut_power(going)
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
+    assert_same_run(run_dir, undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------------------ searches
+def write_search(folder: Path, name: str, rates: list[float], epochs: int) -> Config:
+    """One trial of one worker a learning rate, in their order."""
+    return write_settings(
+        folder,
+        name,
+        train={"epochs": epochs},
+        scale={"num_workers": 1},
+        run={"max_failures": 20},
+        search={
+            "sampler": "grid",
+            "scheduler": "none",
+            "final": False,
+            "space": {"optim.lr": {"choice": rates}},
+        },
+    )
+
+
+def assert_calm_results(config: Config, rates: list[float], folder: Path) -> None:
+    """Every trial in `runs/NAME` ended as a run of the same settings in this process, in every bit."""
+    search_dir = config.run.storage_path / str(config.run.name)
+    trials = json.loads((search_dir / RESULTS_FILE).read_text())
+    assert sorted(trial["sample"]["optim.lr"] for trial in trials) == sorted(rates)
+    assert [trial["failure"] for trial in trials] == [None] * len(rates)
+    for trial in trials:
+        rate = trial["sample"]["optim.lr"]
+        run(config.replaced({"optim.lr": rate, "search.space": {}}), folder / f"{rate}")
+        assert_same_run(search_dir / trial["id"], folder / f"{rate}")
+        assert logged_epochs(search_dir / trial["id"]) == list(range(1, config.train.epochs + 1))
+
+
+def trial_dirs(search_dir: Path, *, finished: bool) -> list[Path]:
+    begun = [path.parent for path in search_dir.glob("*/metrics.jsonl")]
+    return [run_dir for run_dir in begun if (run_dir / FINISHED_FILE).exists() == finished]
+
+
+def test_a_search_outlives_its_head_node(tmp_path: Path) -> None:
+    rates = [0.01, 0.02, 0.03]
+    config = write_search(tmp_path, "search", rates, epochs=4)
+    search_dir = tmp_path / "runs" / "search"
+    with played_cluster(tmp_path) as cluster:
+        cluster.add_node()
+        driver = cluster.drive("tune", "--config", "search.yaml", step_s=0.3)
+        wait_until(
+            lambda: bool(trial_dirs(search_dir, finished=True) and trial_dirs(search_dir, finished=False)),
+            "a finished and a running trial",
+        )
+        kept = {run_dir: (run_dir / "metrics.jsonl").stat() for run_dir in trial_dirs(search_dir, finished=True)}
+        (running,) = trial_dirs(search_dir, finished=False)
+        next_epoch = max(logged_epochs(running)) + 1
+        cut_s = cluster.lose_head(driver)
+        cluster.add_node()
+        driver = cluster.drive("tune", "--resume", search_dir)
+        show("head lost, from the cut to the next epoch", seconds_until_epoch(running, next_epoch, cut_s))
+        cluster.await_end(driver)
+    for run_dir, before in kept.items():
+        assert (run_dir / "metrics.jsonl").stat() == before, "a finished trial was trained again"
+    assert_calm_results(config, rates, tmp_path / "calm")
+
+
+def test_a_search_ends_as_a_calm_one_while_nodes_die_one_after_the_other(tmp_path: Path) -> None:
+    """Eight trials on three nodes; every 20 s for three minutes a node dies, and another one comes up."""
+    rates = [0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05]
+    config = write_search(tmp_path, "search", rates, epochs=24)
+    with played_cluster(tmp_path) as cluster:
+        cluster.have_nodes(3)
+        driver = cluster.drive("tune", "--config", "search.yaml", step_s=0.4)  # 40 s a trial at least
+        wait_until(lambda: bool(trial_dirs(tmp_path / "runs" / "search", finished=False)), "a trial")
+        num_cut = 0
+        until_s = time.monotonic() + 180
+        while time.monotonic() < until_s and driver.poll() is None:
+            next_s = time.monotonic() + 20
+            cluster.cut_power(cluster.have_nodes(3)[0])
+            num_cut += 1
+            cluster.add_node()
+            time.sleep(max(0.0, next_s - time.monotonic()))
+        print(f"nodes that were cut: {num_cut}")
+        cluster.await_end(driver, limit_s=600)
+    assert num_cut >= 5
+    assert_calm_results(config, rates, tmp_path / "calm")
