@@ -38,7 +38,7 @@ LOGIN = [
 ]
 NUM_WORKERS = 2  # machines besides the head
 FIRST_HOST = 5  # AWS counts from .4, which the shared file system takes
-EPOCHS = 40
+EPOCHS = 25
 
 
 @dataclass(frozen=True)
