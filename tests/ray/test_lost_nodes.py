@@ -31,15 +31,15 @@ from nuciseg.engine.checkpoint import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-# 48 images in batches of 6: 8 steps an epoch.
+# 48 images in batches of 12: 4 steps an epoch, at a rate that lets rounding stay rounding.
 RUN = {
-    "data": {"batch_size": 6},
-    "optim": {"lr": 0.05},
+    "data": {"batch_size": 12},
+    "optim": {"lr": 0.02},
     "train": {"epochs": 5, "calibrate": False},
     "scale": {"num_workers": 2, "cpus_per_worker": 1},
 }
-STEPS = 8
-SPREAD = 0.02  # of a score, between runs whose numbers of workers differ: sums in another order
+STEPS = 4
+SPREAD = 0.02  # of Dice of the border, between runs whose numbers of workers differ
 
 
 @pytest.fixture(scope="module")
