@@ -136,7 +136,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     saved = solution.read_bytes()
     solution.unlink()
     with pytest.raises(DataError, match=solution.stem):
-        _print_conclusion(trials, config, folder, final=True, verbose=False)
+        _print_conclusion(trials, config, Mirror(folder), final=True, verbose=False)
     said = capsys.readouterr().out
     assert f"best checkpoint: {folder / 'final' / 'checkpoints'}" in said
     assert "winner: W&B offline run, to upload it: wandb sync " in said
@@ -145,7 +145,7 @@ def test_the_winners_run_is_told_before_it_is_evaluated(tmp_path: Path, capsys: 
     assert load_config(Path(line.removeprefix("whole configuration: "))) == config.replaced({"optim.lr": 0.05})
 
     solution.write_bytes(saved)
-    _print_conclusion(trials, config, folder, final=True, verbose=False)
+    _print_conclusion(trials, config, Mirror(folder), final=True, verbose=False)
     assert "test: 2 images" in capsys.readouterr().out
     evaluation = read_identity(folder / "final" / "evaluation-test")
     assert evaluation is not None
