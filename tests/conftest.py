@@ -149,6 +149,15 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a real S3 server on loopback."""
+    from s3_server import serving_s3
+
+    with serving_s3() as address:
+        yield address
+
+
 @pytest.fixture(autouse=True)
 def _unit_tests_stay_on_this_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit test that connects to another machine fails at once and says where it wanted to go."""

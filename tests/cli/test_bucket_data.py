@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from s3_server import make_bucket, serving_s3, upload_folder, use_server
+from s3_server import make_bucket, upload_folder, use_server
 
 from nuciseg import evaluate, explore, train, tune
 from nuciseg.cli import run_verb
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 
 QUICK = ["--data.crop_px=64", "--model.depth=2", "--model.width=4", "--train.epochs=1", "--tracking.kind=none"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving_s3() as address:
-        yield address
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from s3_server import demand_permission, make_bucket, put, serving_s3, use_server
+from s3_server import demand_permission, make_bucket, put, use_server
 from small_runs import SMALL, assert_same_run, logged_epochs, wait_until
 
 from nuciseg import buckets, evaluate, report, train
@@ -20,12 +20,6 @@ from nuciseg.distributed.failures import ask_to_stop
 from nuciseg.distributed.mirror import fetched_to_read, working_copy
 
 NUM_EPOCHS = 8
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving_s3() as address:
-        yield address
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3_server import demand_permission, make_bucket, put, serving_s3, upload_folder, use_server
+from s3_server import demand_permission, make_bucket, put, upload_folder, use_server
 
 from nuciseg import buckets
 from nuciseg.config import DataConfig, load_config
@@ -18,12 +17,6 @@ from nuciseg.data.fetching import local_folder
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine.datasets import open_samples
 from nuciseg.errors import ConfigError, DataError, ResourceError
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving_s3() as address:
-        yield address
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +19,6 @@ from nuciseg.distributed import mirror as module
 from nuciseg.distributed.mirror import Mirror, fetched_to_read, opened, working_copy
 from nuciseg.distributed.storage import _what_is_wrong_in_bucket, require_shared
 from nuciseg.errors import ResourceError, StorageAwayError
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with serving_s3() as address:
-        yield address
 
 
 @pytest.fixture
