@@ -86,7 +86,7 @@ def aps(pairs: Iterable[tuple[Labels, Labels]]) -> list[float]:
 def ceilings(true: Sequence[Labels]) -> dict[str, Any]:
     targets = {
         "touching_border": TouchingBorderConfig(width_px=2),
-        "depth": DepthConfig(decode=DecodeConfig(core_depth=0.25, min_area_px=12)),
+        "depth": DepthConfig(decode=DecodeConfig(core_rise=0.2, min_area_px=12)),
     }
     return {f"ceiling_{name}": aps(decoded_true(build_target(config), true)) for name, config in targets.items()}
 

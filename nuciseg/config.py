@@ -78,6 +78,9 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How a run goes on and when it ends."""
 
+    init_from: Path | None = Field(
+        None, description="checkpoint whose weights are trained further, of the same model and target; none: fresh ones"
+    )
     epochs: int = Field(20, ge=1, description="passes over the training images")
     accumulate: int = Field(1, ge=1, description="parts that a batch is cut into; gradients are added up over them")
     clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; none: not clipped")
@@ -360,6 +363,9 @@ def _with_whole_paths(config: Config) -> Config:
     keys = ["data.root", "data.cache_dir", "data.validation_list"]
     if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
         keys.append("model.pretrained")
+    start = config.train.init_from
+    if start is not None and start.exists():  # else it is the name of weights that come with nuciseg, or a mistake
+        keys.append("train.init_from")
     paths = {key: config.value(key) for key in keys}
     here = {key: path for key, path in paths.items() if path is not None and not is_bucket(path)}
     return config.replaced({key: str(Path(path).resolve()) for key, path in here.items()})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, folder_or_bucket, run_verb
+from nuciseg.engine.shipped import describe_shipped
 
 if TYPE_CHECKING:
     from nuciseg.config import Config
@@ -20,14 +22,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--resume", type=folder_or_bucket, metavar="DIR", help="go on with the run in this folder, s3:// and gs:// too"
     )
+    parser.add_argument(
+        "--init-from",
+        type=folder_or_bucket,
+        metavar="CHECKPOINT",
+        help="train these weights further, with the network, target and recipe they were trained with: a run's folder, "
+        f"s3:// and gs:// too, or {describe_shipped()}; settings given count more",
+    )
     parser.add_argument("--summary", action="store_true", help="print the network's stages and their cost, then leave")
     parser.add_argument("--verbose", action="store_true", help="show what Ray and W&B say")
     flags = add_config_flags(parser)
     args = parser.parse_args(argv)
-    if args.summary:
-        if args.resume is not None:
+    if args.resume is not None:
+        if args.summary:
             parser.error(f"--summary is of a configuration: give --config {args.resume}/config.yaml, not --resume")
-        _print_summary(config_from_args(flags, args))
+        if args.init_from is not None:
+            parser.error("--resume goes on with a run, --init-from begins one; give one of the two")
+    base = _recipe_of(args.init_from) if args.init_from is not None else {}
+    if args.summary:
+        _print_summary(config_from_args(flags, args, base))
         return
 
     from nuciseg.distributed.failures import stopped_by_sigterm
@@ -55,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_room(config, verbose=args.verbose)
         require_shared(args.resume)
     else:
-        config = config_from_args(flags, args)
+        config = config_from_args(flags, args, base)
         alone = _without_search(config)
         check_settings(alone, verbose=args.verbose)
         split = check_data(config)
@@ -72,6 +85,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     best = CheckpointStore(run.folder).best
     assert best is not None  # training has at least one epoch
     print(f"best checkpoint: {run.shown(best)}\n{describe_run(run.folder)}")
+
+
+def _recipe_of(location: Path | str) -> dict[str, Any]:
+    """What `--init-from` sets: the weights, and how the network of a checkpoint was taught."""
+    from nuciseg.distributed.mirror import fetched_checkpoint
+    from nuciseg.engine.checkpoint import load_checkpoint
+    from nuciseg.engine.shipped import is_shipped
+
+    folder = fetched_checkpoint(location)
+    start = location if is_shipped(folder) else folder  # the package may lie elsewhere on other nodes
+    known = load_checkpoint(folder).config.model_dump(mode="json")
+    recipe = {section: known[section] for section in ("augment", "inference", "loss", "model", "optim", "target")}
+    taught = {"data": ("batch_size", "crop_px", "crops", "marking", "normalization"), "train": ("ema_decay", "metric")}
+    for section, keys in taught.items():
+        recipe[section] = {key: known[section][key] for key in keys}
+    recipe["train"]["init_from"] = str(start)
+    return recipe
 
 
 def _print_summary(config: Config) -> None:

@@ -28,6 +28,7 @@ INSTALL_COMMANDS = [
 EXAMPLES = re.findall(r"`(python -m nuciseg[^`]*)`", README)
 FIND = "python -m nuciseg.predict IMAGES --out nuclei"
 SEPARATE = "python -m nuciseg.predict --checkpoint nuciseg/separator IMAGE --out labels"
+FURTHER = "python -m nuciseg.train --init-from nuciseg/fields --data.root DIR --optim.lr 3e-4"
 SHORT_TRAINING = "--train.epochs 1 --data.batch_size 4 --data.crop_px 64 --data.num_loader_threads 0"
 SHORT_SEARCH = f"{SHORT_TRAINING} --search.num_trials 1"
 
@@ -67,8 +68,10 @@ class Workplace:
 
 
 def example(verb: str) -> str:
-    """The README's one example of `verb`."""
-    (command,) = (command for command in EXAMPLES if command.startswith(f"python -m nuciseg.{verb} "))
+    """The README's example of `verb`."""
+    (command,) = (
+        command for command in EXAMPLES if command.startswith(f"python -m nuciseg.{verb} ") and command != FURTHER
+    )
     return command
 
 
@@ -117,6 +120,13 @@ def test_doctor(workplace: Workplace) -> None:
 
 def test_train(checkpoint: Path) -> None:
     assert checkpoint.exists()
+
+
+def test_train_further(workplace: Workplace) -> None:
+    assert FURTHER in EXAMPLES
+    write_labels_folder(SyntheticConfig(num_train=6, num_test=1), workplace.folder / "own")
+    command = FURTHER.replace("DIR", str(workplace.folder / "own"))
+    assert workplace.printed_checkpoint(workplace.run(f"{command} {SHORT_TRAINING} --train.calibrate false")).exists()
 
 
 def test_evaluate(workplace: Workplace, checkpoint: Path) -> None:

@@ -19,11 +19,12 @@ from nuciseg.distributed.space import num_trials, variants
 from nuciseg.distributed.storage import require_everywhere, require_shared
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS, disk_need_bytes
-from nuciseg.engine.network import count_parameters
+from nuciseg.engine.network import begun_network, count_parameters
 from nuciseg.engine.precision import choose_precision
+from nuciseg.engine.shipped import is_shipped_name
 from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.losses import build_loss
-from nuciseg.models import TimmConfig, build_model
+from nuciseg.models import TimmConfig
 from nuciseg.targets import build_target
 from nuciseg.tracking import RunIdentity, read_identity, wandb_mode
 
@@ -40,12 +41,22 @@ def check_settings(config: Config, *, verbose: bool) -> None:
     maps, valid = torch.zeros(1, num_maps, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
     for variant in variants(config, "loss"):
         build_loss(variant.loss)(maps, maps, valid)
-    models = [variant.model for variant in variants(config, "model")]
-    timm_models = [model for model in models if isinstance(model, TimmConfig) and model.pretrained is not None]
-    for model in {(model.encoder, model.pretrained): model for model in timm_models}.values():
-        build_model(model, 1, num_maps)
+    for variant in _beginnings(config):
+        begun_network(variant, 1, torch.device("cpu"))
     if config.tracking.kind == "wandb":
         wandb_mode(config.tracking, verbose)
+
+
+def _beginnings(config: Config) -> list[Config]:
+    """One configuration for each set of weights that the run, or a trial of the search, would begin with."""
+    found: dict[object, Config] = {}
+    for variant in variants(config, "model"):
+        model = variant.model
+        if config.train.init_from is not None:
+            found[model] = variant
+        elif isinstance(model, TimmConfig) and model.pretrained is not None:
+            found[model.encoder, model.pretrained] = variant
+    return list(found.values())
 
 
 def check_precision(config: Config) -> None:
@@ -58,11 +69,13 @@ def check_precision(config: Config) -> None:
 def check_storage(config: Config) -> None:
     """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
     require_shared(config.run.storage_path)
-    model = config.model
+    model, start = config.model, config.train.init_from
+    encoder_weights = model.weights_file if isinstance(model, TimmConfig) and start is None else None
     files = {
         "data.root": config.data.root,
         "data.validation_list": config.data.validation_list,
-        "model.pretrained": model.weights_file if isinstance(model, TimmConfig) else None,
+        "train.init_from": None if start is None or is_shipped_name(start) else start,
+        "model.pretrained": encoder_weights,
     }
     require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
 

@@ -25,7 +25,7 @@ from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, Progress, loa
 from nuciseg.engine.datasets import TrainingSet, format_of
 from nuciseg.engine.epoch_part import EpochPart, Wish
 from nuciseg.engine.inference import Place, score_samples
-from nuciseg.engine.network import Network, build_network
+from nuciseg.engine.network import Network, begun_network, build_network
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
 from nuciseg.metrics import ImageScores, Scores, rank
@@ -63,7 +63,10 @@ class Trainer:
         self.wish, self.must_one_go, self.one_goes = wish, must_one_go, False
         torch.manual_seed(config.seed)
         resume_from = store.last
-        self.network = build_network(config, data.in_channels, place.device, load_pretrained=resume_from is None)
+        if resume_from is None:
+            self.network = begun_network(config, data.in_channels, place.device)
+        else:
+            self.network = build_network(config, data.in_channels, place.device, load_pretrained=False)
         self.loss = build_loss(config.loss).to(place.device)
         self.loss_names = ("loss", *self.loss.terms)
         self.optimizer = build_optimizer(config.optim, self.network.model)

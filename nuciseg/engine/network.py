@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nuciseg.config import Config
-from nuciseg.engine.checkpoint import Checkpoint, load_checkpoint
+from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from nuciseg.engine.precision import Precision, choose_precision
 from nuciseg.errors import CheckpointError
 from nuciseg.models import ModelConfig, build_model, set_initial_probabilities
@@ -46,6 +46,26 @@ def build_network(config: Config, in_channels: int, device: torch.device, *, loa
     if precision.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Network(model, target, config, precision, in_channels, rounds=config.inference.rounds)
+
+
+def begun_network(config: Config, in_channels: int, device: torch.device) -> Network:
+    """What a run begins with: a fresh network, with the weights of `train.init_from` where that is given.
+
+    Raises CheckpointError where there is no such checkpoint, or one of another network.
+    """
+    start = config.train.init_from
+    network = build_network(config, in_channels, device, load_pretrained=start is None)
+    if start is not None:
+        checkpoint = load_checkpoint(find_checkpoint(start))
+        try:
+            network.model.load_state_dict(dict(checkpoint.weights))
+        except RuntimeError as error:
+            fault = str(error).splitlines()[1].strip()
+            raise CheckpointError(
+                f"train.init_from {start}: its weights are of another network ({fault}); leave out --model and "
+                "--target settings, which `nuciseg train --init-from` takes from the checkpoint"
+            ) from None
+    return network
 
 
 def stride_of(config: Config) -> int:

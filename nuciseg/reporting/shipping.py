@@ -25,7 +25,7 @@ from nuciseg.config import Config, load_config
 from nuciseg.engine import shipped
 from nuciseg.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from nuciseg.engine.datasets import format_of
-from nuciseg.engine.evaluation import SCORES_FILE, SplitName, default_out
+from nuciseg.engine.evaluation import SCORES_FILE, SplitName, default_out, run_of
 from nuciseg.engine.network import load_network
 from nuciseg.errors import CheckpointError, ConfigError, writing
 from nuciseg.models import TimmConfig
@@ -104,6 +104,9 @@ def without_machine(config: Config, layout: str) -> Config:
     changes |= {"data.format": layout, "data.root": None, "data.cache_dir": None}
     if isinstance(config.model, TimmConfig) and config.model.weights_file is not None:
         changes["model.pretrained"] = config.model.weights_file.name
+    start = config.train.init_from
+    if start is not None and not shipped.is_shipped_name(start):
+        changes["train.init_from"] = run_of(start).name
     if config.data.validation_list is not None:
         changes["data.validation_list"] = config.data.validation_list.name
     return config.replaced(changes)

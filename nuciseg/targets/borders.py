@@ -57,11 +57,12 @@ class DecodeConfig(Section):
     border_threshold: float = Field(
         default=0.35, gt=0, lt=1, description="a pixel is border if its border probability reaches this"
     )
-    core_depth: float = Field(
-        default=0.6,
+    core_rise: float = Field(
+        default=0.2,
         gt=0,
         lt=1,
-        description="target depth alone: a pixel is part of a nucleus' core if its depth reaches this",
+        description="target depth alone: two tops of the depth are two nuclei if it falls by this from both on the way "
+        "between them",
     )
     gap_closing: float = Field(
         default=0.55,
@@ -149,7 +150,7 @@ class BorderTarget:
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
     typical_shares: tuple[float, ...] = (0.5, 0.05)  # of the pixels, by map: where a fresh network starts
-    decoded_by: tuple[str, ...] = tuple(name for name in DecodeConfig.model_fields if name != "core_depth")
+    decoded_by: tuple[str, ...] = tuple(name for name in DecodeConfig.model_fields if name != "core_rise")
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W) that a network is taught, 0 or 1, between them near a soft border; 0 where labels are

@@ -65,7 +65,7 @@ def test_the_scores_are_printed_and_written(tiny_run: Path, drawn: Path, tmp_pat
     assert report["split_hash"] in result.stdout
     assert report["checkpoint"] in result.stdout
     assert "border_threshold" in result.stdout
-    assert "core_depth" not in result.stdout, "this target does not heed it"
+    assert "core_rise" not in result.stdout, "this target does not heed it"
     assert not (tmp_path / "out" / "wandb").exists(), "the run was not tracked, so its evaluation is not"
 
 

@@ -67,6 +67,21 @@ def test_flags_count_more_than_the_file(capsys: pytest.CaptureFixture[str]) -> N
     assert config.data.crop_px == 64
 
 
+def test_weights_are_trained_further_with_the_recipe_that_made_them() -> None:
+    assert answer("--config", "small.yaml", "--run.name", "first", "--train.epochs", "1") == 0
+    data = merged(SMALL["data"], {"synthetic": {"seed": 1}})
+    Path("other.yaml").write_text(yaml.safe_dump({"data": data, "tracking": {"kind": "none"}}))
+    hardly = ("--train.epochs", "1", "--optim.lr", "1e-9", "--train.ema_decay", "none")
+    assert answer("--init-from", "runs/first", "--config", "other.yaml", "--run.name", "further", *hardly) == 0
+    first, further = (last_checkpoint(Path("runs") / name) for name in ("first", "further"))
+    assert (further.config.model, further.config.loss) == (first.config.model, first.config.loss)
+    assert further.config.train.metric == "border_dice"
+    assert further.config.train.init_from == find_checkpoint(Path("runs/first")).resolve()
+    assert further.split_hash != first.split_hash
+    for name, tensor in first.weights.items():
+        torch.testing.assert_close(further.weights[name], tensor, msg=name)
+
+
 def test_the_decoding_is_calibrated_on_validation() -> None:
     words = ("--train.epochs", "1", "--run.name", "a", "--train.calibrate", "true", "--target.decode.min_nuclei", "2")
     assert answer("--config", "small.yaml", *words) == 0

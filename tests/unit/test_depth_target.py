@@ -58,7 +58,7 @@ def test_ignored_pixels_are_no_edge_and_taught_nothing() -> None:
 def test_true_maps_give_the_nuclei_back(seed: int, num_nuclei: int) -> None:
     labels_HW = draw_field(seed, num_nuclei)
     maps_KHW = TARGET.encode(labels_HW)
-    found_HW = build_target(DepthConfig(decode=DecodeConfig(core_depth=0.4))).decode(maps_KHW).labels_HW
+    found_HW = build_target(DepthConfig(decode=DecodeConfig(core_rise=0.2))).decode(maps_KHW).labels_HW
     nothing_HW = np.zeros(labels_HW.shape, bool)
     scores = score_image("drawn", found_HW, labels_HW, nothing_HW, nothing_HW)
     assert scores.true_positives[0] == scores.num_true
@@ -132,7 +132,7 @@ def test_calibration_changes_decoding_alone_step_by_step() -> None:
 def test_a_target_names_the_settings_that_its_decoding_heeds() -> None:
     maps_KHW = ndimage.gaussian_filter(TARGET.encode(draw_field(3, 14)), (0, 1, 1))
     changed = {
-        "foreground_threshold": 0.8, "border_threshold": 0.9, "core_depth": 0.9, "gap_closing": 0.0, "min_area_px": 400,
+        "foreground_threshold": 0.8, "border_threshold": 0.9, "core_rise": 0.9, "gap_closing": 0.0, "min_area_px": 400,
         "min_width_share": 0.9, "border_share": 0.1, "min_nuclei": 40,
     }  # fmt: skip
     assert changed.keys() == DecodeConfig.model_fields.keys()

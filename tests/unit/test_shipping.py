@@ -120,6 +120,14 @@ def test_the_path_of_a_weights_file_goes_but_how_the_network_is_fed_stays(tmp_pa
     assert config.model.normalizes_input
 
 
+def test_of_the_run_that_weights_began_with_the_name_stays(tmp_path: Path) -> None:
+    start = tmp_path / "first" / "checkpoints" / "epoch-0002"
+    config = Config().replaced({"train.init_from": str(start)})
+    assert without_machine(config, "nucleus").train.init_from == Path("first")
+    named = Config().replaced({"train.init_from": "nuciseg/fields"})
+    assert without_machine(named, "nucleus").train.init_from == Path("nuciseg/fields")
+
+
 def test_what_was_shipped_can_be_shipped_again_where_its_data_are(tiny: Path, evaluated: EvaluatedRun) -> None:
     files = [evaluated.folder / f"evaluation-{split}" / "scores.json" for split in ("validation", "test")]
     again = ship(tiny, "again", replace(evaluated.sources, scores=files, data_root=evaluated.data_root))
