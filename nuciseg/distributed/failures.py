@@ -75,6 +75,11 @@ def is_asked_to_stop(run_dir: Path) -> bool:
     return (run_dir / STOP_FILE).exists()
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a worker raised this because another one is gone: gloo has no class of its own for that."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def with_one_retry(run: Callable[[], object], run_dir: Path) -> None:
     """Run, and once more where memory ran out: the batch is cut into twice as many parts then."""
     if _ran_out_of_memory(run, run_dir):

@@ -19,7 +19,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config
 from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room_for_runs, worker_need
-from nuciseg.distributed.failures import STOP_FILE, note_failure, noted_failure, with_one_retry
+from nuciseg.distributed.failures import STOP_FILE, is_lost_connection, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
@@ -106,9 +106,13 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         job.mirror.fetch()
         failure = noted_failure(job.run_dir)
         if failure is None:
-            if any(isinstance(each, UserExceptionWithTraceback) for each in _worker_failures(error)):
-                raise  # a mistake of ours: its traceback is wanted
-            failure = TrainingError(f"the workers died more than run.max_failures times: {_last_line(error)}")
+            failures = list(_worker_failures(error))
+            if failures and all(map(_is_mistake, failures)):
+                raise  # of ours: its traceback is wanted
+            failure = TrainingError(
+                f"the workers died more often than run.max_failures ({config.run.max_failures}) allows; go on with "
+                f"--resume {job.mirror} ({_last_line(error)})"
+            )
             note_failure(job.run_dir, failure)
             job.mirror.push()
         raise failure from error
@@ -177,6 +181,11 @@ def reported(epoch: EpochReport, job: Job) -> dict[str, Any]:
 
 def _worker_failures(error: ray.train.TrainingFailedError) -> Iterable[BaseException]:
     return dict(getattr(error, "worker_failures", {})).values()
+
+
+def _is_mistake(failure: BaseException) -> bool:
+    """Whether a worker raised something of its own, not a worker's death or the connection to one that died."""
+    return isinstance(failure, UserExceptionWithTraceback) and not is_lost_connection(failure._base_exc)
 
 
 def _raise_known(error: ray.train.TrainingFailedError) -> None:

@@ -23,7 +23,7 @@ from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.training import check_room, run_training
 from nuciseg.distributed.worker import FINISHED_FILE, IMAGES_FILE, Job
 from nuciseg.engine.checkpoint import CheckpointStore
-from nuciseg.errors import NonFiniteLossError, OutOfMemoryError, ResourceError
+from nuciseg.errors import NonFiniteLossError, OutOfMemoryError, ResourceError, TrainingError
 from nuciseg.tracking import RunIdentity
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -136,6 +136,32 @@ def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
     assert (run_dir / "died").exists()
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_die_again_and_again_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second worker dies in each first step, and the other one loses the connection to it."""
+    train_loop = training.train_loop
+
+    def doomed_train_loop(arguments: dict[str, Any]) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        def doomed_step(*_: Any) -> Any:
+            if ray.train.get_context().get_world_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*_)
+
+        step = Trainer._step
+        Trainer._step = doomed_step  # type: ignore[method-assign]
+        train_loop(arguments)
+
+    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+    run_dir = tmp_path / "dying"
+    with pytest.raises(TrainingError, match=r"the workers died more often than run\.max_failures \(0\) allows"):
+        run_training(make_job(run_dir, **{"run.max_failures": 0}))
+    assert isinstance(noted_failure(run_dir), TrainingError)
 
 
 @pytest.mark.slow
