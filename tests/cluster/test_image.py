@@ -87,16 +87,21 @@ def pip_settings(folder: Path) -> list[str]:
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     settings = [line.partition("=") for line in listed.stdout.splitlines() if line.startswith(("global.", ":env:."))]
     values = {key.rpartition(".")[2].lower(): value.strip("'\"").replace("\\n", " ") for key, _, value in settings}
+    # Where certificates lie the image's own package puts some, and fails where they are a mount.
+    certificates = values.pop("cert", None)
+    mounts = {"/etc/pip.conf": folder / "pip.conf"}
+    words = [word for value in values.values() for word in value.split() if "/" in word]
+    # An index in a folder leads to files beside it.
+    paths = {str(Path(urlsplit(word).path).parent) if word.startswith("file:") else word for word in words}
+    mounts |= {path: Path(path) for path in sorted(paths) if Path(path).exists()}
+    if certificates is not None:
+        values["cert"] = "/etc/pip-certificates.crt"
+        mounts[values["cert"]] = Path(certificates)
     file = configparser.RawConfigParser()
     file["global"] = {key: value for key, value in values.items() if key != "config-file"}
     with (folder / "pip.conf").open("w", encoding="utf-8") as out:
         file.write(out)
-    words = [word for value in values.values() for word in value.split() if "/" in word]
-    # An index in a folder leads to files beside it.
-    paths = {str(Path(urlsplit(word).path).parent) if word.startswith("file:") else word for word in words}
-    here = [path for path in sorted(paths) if Path(path).exists()]
-    mounts = [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *(f"{path}:{path}:ro" for path in here)]
-    return [f"--volume={mount}" for mount in mounts]
+    return [f"--volume={path}:{there}:ro" for there, path in mounts.items()]
 
 
 def test_image_is_built_and_searches(buildah: Buildah) -> None:
