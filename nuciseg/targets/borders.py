@@ -64,6 +64,12 @@ class DecodeConfig(Section):
         description="target depth alone: two tops of the depth are two nuclei if it falls by this from both on the way "
         "between them",
     )
+    min_confidence: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="target depth alone: nuclei whose mean foreground probability is less are left out",
+    )
     gap_closing: float = Field(
         default=0.55,
         ge=0,
@@ -150,7 +156,9 @@ class BorderTarget:
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
     typical_shares: tuple[float, ...] = (0.5, 0.05)  # of the pixels, by map: where a fresh network starts
-    decoded_by: tuple[str, ...] = tuple(name for name in DecodeConfig.model_fields if name != "core_rise")
+    decoded_by: tuple[str, ...] = tuple(
+        name for name in DecodeConfig.model_fields if name not in ("core_rise", "min_confidence")
+    )
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W) that a network is taught, 0 or 1, between them near a soft border; 0 where labels are

@@ -29,12 +29,15 @@ from nuciseg.targets.borders import DecodeConfig, FloatImage, LabelImage, Mask, 
 from nuciseg.types import Instances
 
 MAP_NAMES = ("foreground", "border", "depth")
+_RISES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+_FOREGROUNDS = (0.35, 0.4, 0.45, 0.5, 0.55)
+_AREAS_PX = (12, 16, 20, 25, 30, 36)
+_CONFIDENCES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.88, 0.92)
 CALIBRATED = (
-    (
-        ("core_rise", (0.1, 0.15, 0.2, 0.25, 0.3, 0.35)),
-        ("foreground_threshold", (0.35, 0.4, 0.45, 0.5, 0.55, 0.6)),
-    ),
-    (("min_area_px", (12, 16, 20, 25, 30, 36)), ("core_rise", (0.1, 0.15, 0.2, 0.25, 0.3, 0.35))),
+    (("core_rise", _RISES), ("foreground_threshold", _FOREGROUNDS)),
+    (("min_area_px", _AREAS_PX), ("min_confidence", _CONFIDENCES)),
+    # Once more: the lower this threshold is, the less sure are the outlines that it leaves.
+    (("foreground_threshold", _FOREGROUNDS), ("min_confidence", _CONFIDENCES)),
 )
 _GROWN_FIRST = 0.3  # the depth within which cores grow before they do in all of the foreground
 _LEVELS = 255
@@ -58,7 +61,7 @@ class DepthTarget:
     map_names: tuple[str, ...] = MAP_NAMES
     border_index: int = MAP_NAMES.index("border")
     typical_shares: tuple[float, ...] = (0.2, 0.02, 0.1)  # of the pixels, by map: where a fresh network starts
-    decoded_by: tuple[str, ...] = ("foreground_threshold", "core_rise", "min_area_px")
+    decoded_by: tuple[str, ...] = ("foreground_threshold", "core_rise", "min_area_px", "min_confidence")
 
     def encode(self, labels_HW: LabelImage) -> FloatImage:
         """The maps (K, H, W) that a network is taught, in [0, 1]; 0 where labels are negative."""
@@ -83,7 +86,8 @@ class DepthTarget:
     def decode(self, probabilities_KHW: FloatImage) -> Instances:
         """Nuclei from probabilities (K, H, W) in [0, 1].
 
-        A region of foreground without a core is one nucleus. A nucleus' confidence is its mean foreground probability.
+        A region of foreground without a core is one nucleus. A nucleus' confidence is its mean foreground probability;
+        where that is less than `min_confidence`, there is none: specks and blur are foreground, but not surely.
         Whether a pixel belongs to a nucleus depends on its own connected foreground alone, so a part of an image gives
         the same nuclei as the whole where it holds them whole.
         """
@@ -95,7 +99,7 @@ class DepthTarget:
             _grow(labels_HW, inside_HW & (depth_HW >= depth), num_labels)
         num_pieces, pieces_HW = _connected(inside_HW & (labels_HW == 0), connectivity=8)
         np.add(labels_HW, pieces_HW + (num_labels - 1), out=labels_HW, where=pieces_HW > 0)
-        return _numbered(labels_HW, foreground_HW, num_labels + num_pieces - 1, config.min_area_px)
+        return _numbered(labels_HW, foreground_HW, num_labels + num_pieces - 1, config)
 
 
 def _depth(labels_HW: LabelImage) -> FloatImage:
@@ -216,15 +220,15 @@ def _nearest_of(
     return np.asarray(value_of[numbers[asked]])
 
 
-def _numbered(labels_HW: LabelImage, foreground_HW: FloatImage, num_labels: int, min_area_px: int) -> Instances:
-    """The labels numbered 1..N, without those that are smaller, and how sure each is."""
+def _numbered(labels_HW: LabelImage, foreground_HW: FloatImage, num_labels: int, config: DecodeConfig) -> Instances:
+    """The labels numbered 1..N, without those that are too small or unsure, and how sure each is."""
     places = np.flatnonzero(labels_HW)
     labels = labels_HW.ravel()[places]
     area_px = np.bincount(labels, minlength=num_labels)
-    kept = area_px >= min_area_px
+    total = np.bincount(labels, foreground_HW.ravel()[places], minlength=num_labels)
+    confidence = total / np.maximum(area_px, 1)
+    kept = (area_px >= config.min_area_px) & (confidence >= config.min_confidence)
     kept[0] = False
     number = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    total = np.bincount(labels, foreground_HW.ravel()[places], minlength=num_labels)
     labels_HW.ravel()[places] = number[labels]
-    confidences_N: NDArray[np.float32] = (total[kept] / area_px[kept]).astype(np.float32)
-    return Instances(labels_HW, confidences_N)
+    return Instances(labels_HW, confidence[kept].astype(np.float32))

@@ -84,6 +84,28 @@ def test_a_nucleus_without_a_core_is_kept_and_a_speck_is_not() -> None:
     assert instances.confidences_N == pytest.approx([0.8])
 
 
+def test_what_is_hardly_foreground_is_no_nucleus() -> None:
+    maps_KHW = np.zeros((3, 40, 40), np.float32)
+    maps_KHW[0, 5:15, 5:15], maps_KHW[0, 25:35, 25:35] = 0.8, 0.6
+    for least, number in ((0.0, 2), (0.59, 2), (0.61, 1), (0.81, 0)):
+        instances = build_target(DepthConfig(decode=DecodeConfig(min_confidence=least))).decode(maps_KHW)
+        assert len(instances.confidences_N) == instances.labels_HW.max() == number
+
+
+def test_tops_of_the_depth_are_two_nuclei_where_it_falls_far_enough_between_them() -> None:
+    """Two nuclei whose depths do not fall below .6 anywhere between them."""
+    columns_W = np.arange(60)
+    maps_KHW = np.zeros((3, 30, 60), np.float32)
+    maps_KHW[0, 5:25, 5:55] = 1
+    maps_KHW[2] = maps_KHW[0] * np.interp(columns_W, [5, 17, 30, 43, 54], [0.1, 0.9, 0.6, 1.0, 0.1])
+    for rise, number in ((0.25, 2), (0.35, 1)):
+        found_HW = build_target(DepthConfig(decode=DecodeConfig(core_rise=rise))).decode(maps_KHW).labels_HW
+        assert found_HW.max() == number
+    halves_HW = build_target(DepthConfig(decode=DecodeConfig(core_rise=0.25))).decode(maps_KHW).labels_HW
+    assert set(halves_HW[15, 5:29]) | set(halves_HW[15, 32:55]) == {1, 2}
+    assert len(set(halves_HW[15, 5:29])) == len(set(halves_HW[15, 32:55])) == 1
+
+
 def test_nuclei_grow_within_their_own_foreground_alone() -> None:
     maps_KHW = np.zeros((3, 40, 40), np.float32)
     maps_KHW[0, 2:38, 2:18], maps_KHW[2, 30:36, 6:14] = 1, 1  # a core far from most of its nucleus
@@ -126,14 +148,14 @@ def test_calibration_changes_decoding_alone_step_by_step() -> None:
         assert len(set(map(str, configs))) == len(configs) > 20
         assert {config.width_px for config in configs} == {4}
         best = configs[-1]
-    assert best.decode.foreground_threshold == 0.6, "what a step chose is kept by the next"
+    assert (best.decode.foreground_threshold, best.decode.core_rise) == (0.55, 0.35), "the next step keeps them"
 
 
 def test_a_target_names_the_settings_that_its_decoding_heeds() -> None:
     maps_KHW = ndimage.gaussian_filter(TARGET.encode(draw_field(3, 14)), (0, 1, 1))
     changed = {
         "foreground_threshold": 0.8, "border_threshold": 0.9, "core_rise": 0.9, "gap_closing": 0.0, "min_area_px": 400,
-        "min_width_share": 0.9, "border_share": 0.1, "min_nuclei": 40,
+        "min_width_share": 0.9, "min_confidence": 0.95, "border_share": 0.1, "min_nuclei": 40,
     }  # fmt: skip
     assert changed.keys() == DecodeConfig.model_fields.keys()
     plain_HW = TARGET.decode(maps_KHW).labels_HW
