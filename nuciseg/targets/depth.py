@@ -6,7 +6,7 @@ et al. 2019, "Segmentation of nuclei in histopathology images by deep regression
 largest, nuclei of all sizes look alike). Two tops of that map are the cores of two nuclei where the way from one to the
 other leads far enough down from both, and one nucleus' else: h-maxima (Soille 2003, "Morphological Image Analysis",
 6.3.5). Cores then grow over the foreground, first where it is deep, each pixel to the nearest core: a watershed in
-two steps of whole-array operations.
+three steps of whole-array operations.
 
 Tried on validation maps of dsb2018, and no better: cores from a fixed depth (nuclei that press against each other have
 deep ways between them, small ones no deep cores); the border taken out of the depth; the depth's root or power.
@@ -39,7 +39,8 @@ CALIBRATED = (
     # Once more: the lower this threshold is, the less sure are the outlines that it leaves.
     (("foreground_threshold", _FOREGROUNDS), ("min_confidence", _CONFIDENCES)),
 )
-_GROWN_FIRST = 0.3  # the depth within which cores grow before they do in all of the foreground
+# Depths within which cores grow, in turn. With fewer a small nucleus takes the rim of a large one beside it.
+_GROWN = (0.3, 0.15, 0.0)
 _LEVELS = 255
 _NEIGHBOURS = np.ones((3, 3), np.uint8)
 _ROUNDS = 8  # of spreading between two looks at whether it is over
@@ -95,7 +96,7 @@ class DepthTarget:
         config = self.config.decode
         inside_HW = foreground_HW >= config.foreground_threshold
         num_labels, labels_HW = _cores(np.where(inside_HW, depth_HW, 0), config.core_rise)
-        for depth in (_GROWN_FIRST, 0.0):
+        for depth in _GROWN:
             _grow(labels_HW, inside_HW & (depth_HW >= depth), num_labels)
         num_pieces, pieces_HW = _connected(inside_HW & (labels_HW == 0), connectivity=8)
         np.add(labels_HW, pieces_HW + (num_labels - 1), out=labels_HW, where=pieces_HW > 0)

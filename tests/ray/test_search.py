@@ -174,10 +174,10 @@ def test_samplers_draw_by_the_seed(sampler: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_population_takes_over_the_weights_of_its_best(tmp_path: Path) -> None:
     changes = {"search.sampler": "random", "search.scheduler": "pbt", "search.num_trials": 4, "search.grace_epochs": 2,
-               "train.epochs": 8, "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}}}  # fmt: skip
+               "train.epochs": 6, "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}}}  # fmt: skip
     folder = tmp_path / "search"
     _, trials = run_search(folder, **changes)
-    assert all(trial.failure is None and trial.epochs == 8 for trial in trials)
+    assert all(trial.failure is None and trial.epochs == 6 for trial in trials)
     histories = {trial.id: figures(last_checkpoint(folder / trial.id).progress.history) for trial in trials}
     begun = {id: json.loads((folder / id / "metrics.jsonl").read_text().split("\n")[0]) for id in histories}
     taken_over = [id for id, history in histories.items() if history[0]["train_loss"] != begun[id]["train_loss"]]
@@ -186,7 +186,7 @@ def test_a_population_takes_over_the_weights_of_its_best(tmp_path: Path) -> None
         donors = [other for other, row in begun.items() if row["train_loss"] == histories[id][0]["train_loss"]]
         assert donors
         assert id not in donors
-        assert len(histories[id]) == 8
+        assert len(histories[id]) == 6
 
 
 @pytest.mark.slow
