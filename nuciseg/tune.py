@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 # What a search without --config does: a small network, so that two CPU cores end in about five minutes.
 DEFAULT_SEARCH: dict[str, Any] = {
-    "data": {"synthetic": {"num_train": 320, "num_test": 24}, "crop_px": 128},
+    "data": {"synthetic": {"num_train": 280, "num_test": 24}, "crop_px": 128},
     "model": {"kind": "unet", "depth": 3, "width": 12},
-    "train": {"epochs": 20},
+    "train": {"epochs": 16},
     "search": {
         "num_trials": 6,
-        "trial_epochs": 8,
+        "trial_epochs": 6,
         "space": {
             "optim.lr": {"loguniform": [2e-3, 1e-2]},
             "data.batch_size": {"choice": [8, 16]},
