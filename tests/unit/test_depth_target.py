@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.morphology import reconstruction
 
 from nuciseg.metrics import score_image
-from nuciseg.targets import DecodeConfig, DepthConfig, build_target, decode_grids
+from nuciseg.targets import DecodeConfig, DepthConfig, build_target, decode_grids, depth
 
 Labels = NDArray[np.int32]
 TARGET = build_target(DepthConfig())
@@ -105,6 +106,16 @@ def test_tops_of_the_depth_are_two_nuclei_where_it_falls_far_enough_between_them
     halves_HW = build_target(DepthConfig(decode=DecodeConfig(core_rise=0.25))).decode(maps_KHW).labels_HW
     assert set(halves_HW[15, 5:29]) | set(halves_HW[15, 32:55]) == {1, 2}
     assert len(set(halves_HW[15, 5:29])) == len(set(halves_HW[15, 32:55])) == 1
+
+
+def test_the_flood_is_scikit_images_reconstruction() -> None:
+    """Up and down a path of more bends than the flood takes steps between two looks."""
+    rng = np.random.default_rng(0)
+    mask_HW = ndimage.gaussian_filter(rng.integers(0, 256, (90, 120)).astype(np.float32), 2).astype(np.uint8)
+    mask_HW[::6, :-3], mask_HW[3::6, 3:] = 0, 0
+    marker_HW = np.where(mask_HW > 20, mask_HW - 20, 0).astype(np.uint8)
+    marker_HW[60:] = 0
+    assert np.array_equal(depth._reconstructed(marker_HW, mask_HW), reconstruction(marker_HW, mask_HW))
 
 
 def test_nuclei_grow_within_their_own_foreground_alone() -> None:
