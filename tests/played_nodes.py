@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,24 @@ class PlayedCluster:
                 driver.kill()
                 driver.wait()
         self.cut_power(*self._cluster.list_all_nodes())
+
+
+def can_hide_a_folder() -> bool:
+    return shutil.which("unshare") is not None and subprocess.run(["unshare", "--mount", "true"]).returncode == 0
+
+
+@contextlib.contextmanager
+def node_without(folder: Path, address: str) -> Iterator[None]:
+    """A node of one CPU that joins the cluster and sees an empty folder of its own in place of `folder`."""
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--block", "--num-cpus=1"]
+    start += [f"--object-store-memory={128 * 2**20}", "--dashboard-agent-listen-port=0"]
+    hide = f'mount -t tmpfs none "{folder}" && exec "$@"'
+    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", hide, "sh", *start], stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        node.terminate()
+        node.wait(30)
 
 
 @contextlib.contextmanager

@@ -28,19 +28,24 @@ class Result(Generic[T]):
 
 
 def on_every_node(
-    function: Callable[..., T], *arguments: Any, timeout_s: float = ANSWER_TIMEOUT_S, in_own_process: bool = False
+    function: Callable[..., T],
+    *arguments: Any,
+    among: Mapping[str, str] | None = None,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+    in_own_process: bool = False,
 ) -> dict[str, Result[T]]:
     """What `function(*arguments)` gives on each alive node, by the node's name; all are asked at the same time.
 
+    `among`, names by id as `alive_nodes` gives them, asks those nodes alone.
+
     It waits behind no trial, because it asks for no CPU. `in_own_process` is for a function that leaves something in
     its process: that ends with the call, else Ray keeps it for what is asked next. Nothing that happens on a node is
-    raised here: neither an error of `function` nor a node that dies, stalls or lacks nuciseg. Ray must be connected.
+    raised here: neither an error of `function` nor a node that stalls or lacks nuciseg. One that died meanwhile is left
+    out. Ray must be connected.
     """
     remote = ray.remote(num_cpus=0, max_retries=0, max_calls=1 if in_own_process else 0)(function)
-    asked = {
-        remote.options(scheduling_strategy=on_node(node_id)).remote(*arguments): name
-        for node_id, name in alive_nodes().items()
-    }
+    names = alive_nodes() if among is None else among
+    asked = {remote.options(scheduling_strategy=on_node(node_id)).remote(*arguments): node_id for node_id in names}
     answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
     results: dict[str, Result[T]] = {asked[reference]: _answer(reference) for reference in answered}
     for reference in silent:
@@ -48,7 +53,12 @@ def on_every_node(
         results[asked[reference]] = Result(
             failure=f"does not answer within {timeout_s:g} s; look whether the machine is overloaded or out of reach"
         )
-    return {name: results[name] for name in asked.values()}
+    still_there = alive_nodes()
+    return {
+        name: results[node_id]
+        for node_id, name in names.items()
+        if node_id in still_there or results[node_id].failure is None
+    }
 
 
 @contextmanager

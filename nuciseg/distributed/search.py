@@ -35,10 +35,11 @@ from nuciseg.distributed.limits import (
     wait_where_closed,
 )
 from nuciseg.distributed.mirror import Mirror, working_copy
+from nuciseg.distributed.newcomers import Newcomers
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
-from nuciseg.distributed.storage import require_shared
+from nuciseg.distributed.storage import await_seen, require_shared
 from nuciseg.distributed.training import fit_workers, reported, storage_of_ray
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, best_first, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
@@ -171,6 +172,8 @@ def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
 def _attempt(sample: dict[str, Any], plan: Plan) -> None:
     trial_id = tune.get_context().get_trial_id()
     assert trial_id is not None  # this runs in a trial
+    if plan.search.uri is None:
+        await_seen(plan.folder / CONFIG_FILE)  # on a node that joined after the search had begun
     wait_where_closed(plan.search, trial_id)
     mirror = plan.trial_mirror(trial_id)
     mirror.fetch()
@@ -350,7 +353,8 @@ def _run_config(config: Config, search: Mirror, concurrent: int) -> tune.RunConf
 
 
 def _callbacks(config: Config, search: Mirror, concurrent: int) -> list[tune.Callback]:
-    return [SearchProgress(config, search, concurrent), Limits(search, concurrent)]
+    callbacks = [SearchProgress(config, search, concurrent), Limits(search, concurrent)]
+    return callbacks if search.uri is not None else [*callbacks, Newcomers(search.folder)]
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ Each node that is asked imports this module, so it imports little.
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
@@ -14,10 +16,14 @@ import ray
 
 from nuciseg.buckets import BucketFolder
 from nuciseg.distributed.nodes import Result, alive_nodes, on_every_node
-from nuciseg.errors import ResourceError, writing
+from nuciseg.errors import ResourceError, StorageAwayError, writing
+
+STORAGE_SETTING = "run.storage_path"
+SEEN_TIMEOUT_S = 60.0  # by default NFS takes up to a minute to look again for what it did not find
+LOOK_S = 0.5
 
 
-def require_shared(folder: Path | str, setting: str = "run.storage_path") -> None:
+def require_shared(folder: Path | str, setting: str = STORAGE_SETTING) -> None:
     """Write a file into `folder` here, read it on every node and write one there; the folder is made where it lacks.
 
     Without Ray or on one node nothing is done, but a bucket is asked by this machine. Raises ResourceError, which
@@ -31,19 +37,8 @@ def require_shared(folder: Path | str, setting: str = "run.storage_path") -> Non
         return
     folder = folder.resolve()
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    token = uuid4().hex
-    probe = folder / f".probe-{token}"
     try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text(token, encoding="ascii")
-        answers = on_every_node(_what_is_wrong, probe, token)
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-    try:
-        cure = f"set {setting} to a folder that all nodes share, such as an NFS or EFS mount"
-        _refuse(f"{setting} is {folder}", answers, cure)
+        _refuse(f"{setting} is {folder}", _probe(folder, alive_nodes()), _share_it(setting))
     except ResourceError:
         for each in made:
             with contextlib.suppress(OSError):  # somebody else has begun to use it
@@ -74,6 +69,53 @@ def require_everywhere(paths: Mapping[str, Path]) -> None:
         path = path.resolve()
         cure = "put it on storage that all nodes share, or on every node by file_mounts in the cluster file"
         _refuse(f"{setting} is {path}", on_every_node(_what_is_missing, path), cure)
+
+
+def require_shared_by_joined(folder: Path, known: set[str]) -> None:
+    """Probe `folder` from the nodes that joined: those whose ids are not among `known`, to which they are added.
+
+    A node that does not answer is asked again the next time: it may be starting, or gone. Raises ResourceError where
+    one answers that it sees another folder or may not write.
+    """
+    joined = {node_id: name for node_id, name in alive_nodes().items() if node_id not in known}
+    if not joined:
+        return
+    answers = {name: answer for name, answer in _probe(folder, joined).items() if answer.failure is None}
+    known.update(node_id for node_id, name in joined.items() if name in answers)
+    _refuse(f"{STORAGE_SETTING} is {folder.parent}", answers, _share_it(STORAGE_SETTING))
+
+
+def await_seen(path: Path, timeout_s: float = SEEN_TIMEOUT_S) -> None:
+    """Wait until `path`, which another machine has written, is seen by this one: a network's folder may show it late.
+
+    Raises StorageAwayError, which names this machine, where it is not seen within `timeout_s`.
+    """
+    until_s = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > until_s:
+            raise StorageAwayError(
+                f"node {socket.gethostname()} does not see {path}; mount there what the other nodes share, or "
+                f"set {STORAGE_SETTING} to a folder that all nodes share"
+            )
+        time.sleep(LOOK_S)
+
+
+def _probe(folder: Path, nodes: Mapping[str, str]) -> dict[str, Result[str | None]]:
+    """What each of `nodes` says of a file that is written into `folder` here; the folder is made where it lacks."""
+    token = uuid4().hex
+    probe = folder / f".probe-{token}"
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text(token, encoding="ascii")
+        return on_every_node(_what_is_wrong, probe, token, among=nodes)
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _share_it(setting: str) -> str:
+    return f"set {setting} to a folder that all nodes share, such as an NFS or EFS mount"
 
 
 def _several_nodes() -> bool:

@@ -21,6 +21,7 @@ from nuciseg.config import Config
 from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room_for_runs, worker_need
 from nuciseg.distributed.failures import STOP_FILE, is_lost_connection, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.mirror import Mirror, working_copy
+from nuciseg.distributed.storage import await_seen
 from nuciseg.distributed.worker import Job, best_score, run_worker
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
@@ -31,6 +32,7 @@ from nuciseg.tracking import METRICS_FILE
 LOOK_FOR_ROOM_S = 20.0  # Ray counts the nodes as often
 # Where a node was lost Ray may still count it, and wait for room on it. Ray's own 60 s are for a number that is fixed.
 ROOM_TIMEOUT_S = 10.0
+STARTED_FILE = ".started"  # a node that does not see it does not share the run's folder
 
 
 def check_room(config: Config, *, verbose: bool) -> None:
@@ -97,6 +99,8 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
             callbacks=callbacks,
         ),
     )
+    if job.bucket is None:
+        (job.run_dir / STARTED_FILE).touch()
     job.mirror.push()
     try:
         with job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
@@ -129,6 +133,8 @@ def train_loop(arguments: dict[str, Any]) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and job.bucket is not None:
         job = _on_this_node(job, job.bucket)
+    elif distributed and not _all_see_folder(job):
+        return
     if distributed and noted_failure(job.run_dir) is not None:
         return  # started again after a failure that starting again cannot mend
     place = Place(
@@ -155,6 +161,21 @@ def _on_this_node(job: Job, bucket: str) -> Job:
     mirror.fetch()
     torch.distributed.barrier()
     return replace(job, run_dir=mirror.folder)
+
+
+def _all_see_folder(job: Job) -> bool:
+    """Whether the machines of all workers see the run's folder; who does notes down who does not."""
+    unseen = None
+    try:
+        await_seen(job.run_dir / STARTED_FILE)
+    except StorageAwayError as error:
+        unseen = str(error)
+    told: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, unseen)
+    reason = next(filter(None, told), None)
+    if reason is not None and unseen is None:
+        note_failure(job.run_dir, ResourceError(reason))
+    return reason is None
 
 
 def _preempted() -> bool:

@@ -6,6 +6,7 @@ Each test prints the seconds (`pytest -rP`); docs/reliability.md has those of on
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ import yaml
 from played_nodes import (
     PlayedCluster,
     await_held,
+    can_hide_a_folder,
     has_worker,
     hold,
+    node_without,
     played_cluster,
     release,
     seconds_until_epoch,
@@ -208,6 +211,39 @@ def test_a_search_outlives_its_head_node(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.skipif(not can_hide_a_folder(), reason="needs root and unshare, to hide a folder from a node")
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (
+            "tune",
+            r"run\.storage_path is \S+/runs, but node .* does not see what is written there; set run\.storage_path",
+        ),
+        ("train", r"node \S+ does not see \S+/newcomer-train/\.started; mount there what the other nodes share"),
+    ],
+)
+def test_a_node_that_joins_without_the_folder_ends_what_runs_in_one_sentence(
+    cluster: PlayedCluster, verb: str, said: str
+) -> None:
+    name = f"newcomer-{verb}"
+    if verb == "tune":
+        write_search(cluster.folder, name, [0.02, 0.03], epochs=3)
+    else:
+        write_settings(cluster.folder, name)
+    run_dir = cluster.folder / "runs" / name
+    _, lost = cluster.have_nodes(2)
+    told = len(cluster.log.read_text()) if cluster.log.exists() else 0
+    driver = cluster.drive(verb, "--config", f"{name}.yaml", step_s=1.0)
+    wait_until(lambda: bool([*run_dir.rglob("metrics.jsonl")]), "the first epoch")
+    cluster.cut_power(lost)
+    with node_without(cluster.folder / "runs", cluster.address):
+        assert driver.wait(timeout=300) == 2, cluster.log.read_text()
+    last = cluster.log.read_text()[told:].strip().splitlines()[-1]
+    assert re.match("nuciseg: " + said, last), last
+    cluster.have_nodes(2)
+    cluster.await_end(cluster.drive(verb, "--resume", str(run_dir)))
+
+
 def test_a_search_ends_as_a_calm_one_while_nodes_die_one_after_the_other(tmp_path: Path) -> None:
     """Eight trials on three nodes; every 20 s for three minutes a node dies, and another one comes up."""
     rates = [0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05]

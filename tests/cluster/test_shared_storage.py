@@ -5,14 +5,12 @@ The second node is a raylet in a mount namespace of its own, where an empty file
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from played_nodes import can_hide_a_folder, node_without
 from predict_verb import write_fields
 from ray.cluster_utils import Cluster
 from small_runs import wait_until
@@ -24,10 +22,6 @@ from nuciseg.distributed.storage import require_everywhere, require_shared
 from nuciseg.errors import ResourceError
 
 SMALL = ("--data.synthetic.num_train=8", "--data.synthetic.num_test=1", "--model.depth=2", "--model.width=4")
-
-
-def can_hide_a_folder() -> bool:
-    return shutil.which("unshare") is not None and subprocess.run(["unshare", "--mount", "true"]).returncode == 0
 
 
 pytestmark = [
@@ -47,16 +41,11 @@ def hidden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False)
     quieten(verbose=False)
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={cluster.address}", "--block"]
-    start += ["--num-cpus=1", f"--object-store-memory={memory}", "--dashboard-agent-listen-port=0"]
-    hide = f'mount -t tmpfs none "{folder}" && exec "$@"'
-    node = subprocess.Popen(["unshare", "--mount", "sh", "-c", hide, "sh", *start], stdout=subprocess.DEVNULL)
     try:
-        wait_until(lambda: sum(each["Alive"] for each in ray.nodes()) == 2, "the second node", limit_s=120)
-        yield folder
+        with node_without(folder, cluster.address):
+            wait_until(lambda: sum(each["Alive"] for each in ray.nodes()) == 2, "the second node", limit_s=120)
+            yield folder
     finally:
-        node.terminate()
-        node.wait(30)
         ray.shutdown()
         cluster.shutdown()
 
