@@ -147,6 +147,7 @@ def node_without(folder: Path, address: str) -> Iterator[None]:
     finally:
         node.terminate()
         node.wait(30)
+        reset_ray_address()
 
 
 @contextlib.contextmanager

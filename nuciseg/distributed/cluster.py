@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import grpc
 import ray
 import torch
+from ray._private.services import find_bootstrap_address
 from ray.exceptions import AuthenticationError
 
 from nuciseg.distributed.growth import Resources, nodes_within_reach
@@ -48,7 +49,7 @@ def connect(verbose: bool, **limits: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
     port = _free_port()
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = _address()
     _refuse_closed(address)
     try:
         with _environment_of_workers(port):
@@ -69,6 +70,12 @@ def connect(verbose: bool, **limits: int) -> None:
         if "Version mismatch" not in str(error):
             raise
         raise ResourceError(_describe_versions(str(error))) from None
+
+
+def _address() -> str:
+    """Where Ray would look for a cluster; "" where it would start one."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return named if named not in ("", "auto") else find_bootstrap_address(None) or named
 
 
 def _refuse_closed(address: str) -> None:
@@ -102,9 +109,14 @@ def _no_token(address: str) -> ResourceError:
 
 
 def _no_cluster(address: str, error: OSError) -> ResourceError:
+    reason = f"no Ray cluster answers at {address!r} ({error.strerror or error})"
+    if os.environ.get("RAY_ADDRESS"):
+        return ResourceError(
+            f"{reason}; start it with `ray start`, correct RAY_ADDRESS, or unset it to use this machine"
+        )
     return ResourceError(
-        f"no Ray cluster answers at {address!r} ({error.strerror or error}); start it with `ray start`, correct "
-        "RAY_ADDRESS, or unset it to use this machine"
+        f"{reason}, which `ray start` noted down on this machine; start it again, or use this machine alone after "
+        "`ray stop`, which forgets it"
     )
 
 

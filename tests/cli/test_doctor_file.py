@@ -27,11 +27,11 @@ def answer(*words: str | Path) -> int:
     return int(str(exit_.value.code))
 
 
-def run_doctor_without_cluster(*words: str | Path) -> tuple[int, list[str]]:
+def run_doctor_without_cluster(*words: str | Path, **variables: str) -> tuple[int, list[str]]:
     """The exit code and the lines of a process of its own (another test may have started Ray in this one)."""
-    nobody_listens = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
+    environment = {**os.environ, **(variables or {"RAY_ADDRESS": "127.0.0.1:9"})}
     done = subprocess.run(
-        [sys.executable, "-m", "nuciseg.doctor", *words], capture_output=True, text=True, env=nobody_listens
+        [sys.executable, "-m", "nuciseg.doctor", *words], capture_output=True, text=True, env=environment
     )
     return done.returncode, done.stdout.splitlines()
 
@@ -69,3 +69,17 @@ def test_a_cluster_that_is_not_there_is_the_first_finding() -> None:
         lines
     )
     assert lines[1:] == ["1 of 1 checks failed"]
+
+
+@pytest.mark.parametrize("named", ["", "auto"])
+def test_a_cluster_that_was_left_on_this_machine_and_is_gone_is_not_waited_for(tmp_path: Path, named: str) -> None:
+    """Ray itself would try for many minutes. What `ray start` notes down stays there after a power cut."""
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text("127.0.0.1:9")
+    exit_code, lines = run_doctor_without_cluster(RAY_TMPDIR=str(tmp_path), RAY_ADDRESS=named)
+    assert exit_code == 1
+    assert lines[0].startswith("FAILED  cluster     no Ray cluster answers at '127.0.0.1:9' (Connection refused)"), (
+        lines
+    )
+    assert ("which forgets it" if not named else "correct RAY_ADDRESS") in lines[0]
