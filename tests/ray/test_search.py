@@ -229,9 +229,10 @@ def test_never_more_trials_at_once_than_there_is_room_for(
     changes: dict[str, Any], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_spans(monkeypatch, tmp_path / "spans")
-    space = {"optim.lr": {"choice": [0.01 / (1 + i) for i in range(6)]}}
+    num_trials = room + 2
+    space = {"optim.lr": {"choice": [0.01 / (1 + i) for i in range(num_trials)]}}
     _, trials = run_search(tmp_path / "search", **{"search.space": space, "search.trial_epochs": 2, **changes})
-    assert len(trials) == len(spans(tmp_path / "spans")) == 6
+    assert len(trials) == len(spans(tmp_path / "spans")) == num_trials
     assert 2 <= most_at_once(spans(tmp_path / "spans")) <= room
 
 
