@@ -23,7 +23,7 @@ from ray._common.utils import reset_ray_address
 from ray._private import services
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
-from small_runs import logged_epochs, wait_until
+from small_runs import wait_until
 
 START_S = 240.0  # Ray itself gives a node 30 s to start, which is short where tests of several kinds share a machine
 HELD_RUNS = Path(__file__).with_name("held_runs.py")
@@ -201,12 +201,6 @@ def release(run_dir: Path, step: int) -> None:
 
 def _hold(run_dir: Path, step: int) -> Path:
     return run_dir.with_name(f"{run_dir.name}-holds") / str(step)
-
-
-def seconds_until_epoch(run_dir: Path, epoch: int, since_s: float) -> float:
-    """Wait until an epoch is logged; the seconds that it took since `since_s`."""
-    wait_until(lambda: epoch in logged_epochs(run_dir), f"epoch {epoch} of {run_dir.name}")
-    return (run_dir / "metrics.jsonl").stat().st_mtime - since_s
 
 
 def _patiently(ask: Callable[..., Any]) -> Callable[..., Any]:

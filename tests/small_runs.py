@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,35 @@ def wait_until(true: Callable[[], bool], what: str, limit_s: float = 240.0) -> N
     while not true():
         assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
         time.sleep(0.02)
+
+
+def seconds_until_epoch(run_dir: Path, epoch: int, since_s: float) -> float:
+    """Wait until an epoch is logged; the seconds that it took since `since_s`."""
+    wait_until(lambda: epoch in logged_epochs(run_dir), f"epoch {epoch} of {run_dir.name}")
+    return (run_dir / "metrics.jsonl").stat().st_mtime - since_s
+
+
+def show_seconds(what: str, seconds: float) -> None:
+    """For `pytest -rP`; docs/reliability.md has those of one machine."""
+    print(f"seconds: {what}: {seconds:.1f}")
+
+
+@contextmanager
+def recovery_shown(what: str, fault: Callable[[], Path]) -> Iterator[None]:
+    """While the block trains: `fault` makes or awaits a fault and gives the run's folder; the seconds from there to the
+    next epoch are printed."""
+    run_dirs: list[Path] = []
+
+    def watch() -> None:
+        run_dirs.append(fault())
+        since_s = time.time()
+        show_seconds(what, seconds_until_epoch(run_dirs[0], len(logged_epochs(run_dirs[0])) + 1, since_s))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    yield
+    watcher.join()
+    assert run_dirs, f"there was no fault: {what}"
 
 
 def open_data(config: Config) -> TrainingSet:

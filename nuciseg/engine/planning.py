@@ -23,7 +23,7 @@ LOADING_S = 2e-3  # of one core to make a training image: CPU time, drawn cluste
 DECODING_S = 5e-3  # of one core to decode and score a validation image of one cluster, likewise
 STORAGE_BYTES_PER_S = 200e6  # of a shared file system, for checkpoints: an assumption
 MESSAGE_S = 50e-6  # latency of one message of an all-reduce between machines
-TRIAL_START_S = {1: 2.4, 2: 13.6}  # a trial of one worker, of several: to be measured by benchmarks/scaling.py
+TRIAL_START_S = {1: 11.0, 2: 30.0}  # a trial of one worker, of several: benchmarks/scaling.py, two threads of one core
 HEAD = "m6i.xlarge"
 _DRAWS = 100
 

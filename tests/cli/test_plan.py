@@ -53,8 +53,8 @@ def test_hours_and_dollars_follow_from_the_seconds_of_a_step(config: Path, capsy
     table = rows(said)
     at_once, step_s, hours, gpu_hours, core_hours, dollars = table["2 x g5.xlarge (A10G)"]
     assert (at_once, step_s, core_hours) == ("2", "1", "-")
-    # 4 steps, 4 validation images of a third of a quarter of a second, decoded; 2.4 s for each trial to begin
-    work_h = (900 * (4 + 4 * (1 / 12 + DECODING_S)) + 100 * 2.4) / 3600
+    # 4 steps, 4 validation images of a third of a quarter of a second, decoded; 11 s for each trial to begin
+    work_h = (900 * (4 + 4 * (1 / 12 + DECODING_S)) + 100 * 11) / 3600
     assert float(gpu_hours) == pytest.approx(work_h, abs=0.01)
     assert float(hours) == pytest.approx(work_h / 2, rel=0.02)
     assert float(dollars) == pytest.approx(float(hours) * (2 * 1.006 + 0.192), rel=0.02)

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import SMALL, assert_same_run, figures, last_checkpoint, logged_epochs, open_data, wait_until
+from small_runs import (
+    SMALL,
+    assert_same_run,
+    figures,
+    last_checkpoint,
+    logged_epochs,
+    open_data,
+    recovery_shown,
+    wait_until,
+)
 
 from nuciseg import train, tune
 from nuciseg.cli import run_verb
@@ -102,7 +111,8 @@ def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:
     process.kill()
     process.wait()
     assert 2 <= len(logged_epochs(Path("runs/killed"))) < 8
-    assert answer("--resume", "runs/killed") == 0
+    with recovery_shown("a run killed, from --resume", lambda: Path("runs/killed")):
+        assert answer("--resume", "runs/killed") == 0
     assert logged_epochs(Path("runs/killed")) == list(range(1, 9))
     assert answer(*words, "--run.name", "undisturbed") == 0
     assert_same_run(Path("runs/killed"), Path("runs/undisturbed"))

@@ -23,9 +23,17 @@ from played_nodes import (
     node_without,
     played_cluster,
     release,
-    seconds_until_epoch,
 )
-from small_runs import QUICK_TO_LEARN, assert_same_run, last_checkpoint, logged_epochs, run, wait_until
+from small_runs import (
+    QUICK_TO_LEARN,
+    assert_same_run,
+    last_checkpoint,
+    logged_epochs,
+    run,
+    seconds_until_epoch,
+    show_seconds,
+    wait_until,
+)
 
 from nuciseg.config import Config, load_config, merged
 from nuciseg.distributed.trials import RESULTS_FILE
@@ -59,10 +67,6 @@ def write_settings(folder: Path, name: str, **more: Any) -> Config:
     return load_config(folder / f"{name}.yaml")
 
 
-def show(what: str, seconds: float) -> None:
-    print(f"seconds: {what}: {seconds:.1f}")
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cluster: PlayedCluster) -> Path:
     """The folder of a run by two workers that nothing happened to."""
@@ -92,7 +96,7 @@ def test_a_fixed_number_of_workers_waits_for_a_spare(cluster: PlayedCluster, und
     assert logged_epochs(run_dir) == [1], "two workers trained on one CPU"
     cluster.add_node()
     joined_s = time.time()
-    show("fixed, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 2, joined_s))
+    show_seconds("fixed, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 2, joined_s))
     cluster.await_end(driver)
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
@@ -107,7 +111,7 @@ def test_an_elastic_run_shrinks_and_grows(cluster: PlayedCluster, undisturbed: P
     hold(run_dir, second)
     cut_s = cluster.cut_power(*lost)
     release(run_dir, first)
-    show("elastic, from the cut to the next epoch", seconds_until_epoch(run_dir, 2, cut_s))
+    show_seconds("elastic, from the cut to the next epoch", seconds_until_epoch(run_dir, 2, cut_s))
     await_held(run_dir, second)
     assert has_worker(kept)
     assert logged_epochs(run_dir) == [1, 2, 3]
@@ -115,7 +119,7 @@ def test_an_elastic_run_shrinks_and_grows(cluster: PlayedCluster, undisturbed: P
     joined_s = time.time()
     wait_until(lambda: has_worker(spare), "a second worker")
     release(run_dir, second)
-    show("elastic, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 4, joined_s))
+    show_seconds("elastic, from the spare's joining to the next epoch", seconds_until_epoch(run_dir, 4, joined_s))
     cluster.await_end(driver)
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     mine, theirs = (last_checkpoint(folder).progress for folder in (run_dir, undisturbed))
@@ -143,7 +147,7 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint(cluster: PlayedCluster, undist
     assert (before, after) == ({"epoch-0001"}, {"epoch-0001-batch-000002", "epoch-0002"})
     wait_until(lambda: has_worker(spare), "a worker on the spare")
     release(run_dir, later)
-    show("drained, from the notice to the next epoch elsewhere", seconds_until_epoch(run_dir, 3, drained_s))
+    show_seconds("drained, from the notice to the next epoch elsewhere", seconds_until_epoch(run_dir, 3, drained_s))
     cluster.await_end(driver)
     cluster.cut_power(going)
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
@@ -203,7 +207,7 @@ def test_a_search_outlives_its_head_node(tmp_path: Path) -> None:
         cut_s = cluster.lose_head(driver)
         cluster.add_node()
         driver = cluster.drive("tune", "--resume", search_dir)
-        show("head lost, from the cut to the next epoch", seconds_until_epoch(running, next_epoch, cut_s))
+        show_seconds("head lost, from the cut to the next epoch", seconds_until_epoch(running, next_epoch, cut_s))
         cluster.await_end(driver)
     for run_dir, before in kept.items():
         assert (run_dir / "metrics.jsonl").stat() == before, "a finished trial was trained again"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from ray.tune.search.optuna import OptunaSearch
-from small_runs import QUICK_TO_LEARN, last_checkpoint, logged_epochs, wait_until
+from small_runs import QUICK_TO_LEARN, last_checkpoint, logged_epochs, recovery_shown, wait_until
 from wandb_offline import read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
@@ -124,8 +124,9 @@ def test_an_interrupted_search_goes_on_where_it_was(
     assert interrupted, drivers[0].log.read_text()
     assert len(kept) < num_trials
 
-    drivers.append(Driver(tmp_path, "--resume", "runs/search"))
-    drivers[1].process.wait(timeout=500)
+    with recovery_shown(f"a search ended by {by.name}, from --resume", lambda: max(interrupted)):
+        drivers.append(Driver(tmp_path, "--resume", "runs/search"))
+        drivers[1].process.wait(timeout=500)
     log = drivers[1].log.read_text()
     assert drivers[1].process.returncode == 0, log
     assert "Traceback" not in log

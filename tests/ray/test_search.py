@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import ray
 import torch
 from ray.util.state import list_actors
-from small_runs import figures, last_checkpoint, logged_epochs, small_config, wait_until
+from small_runs import figures, last_checkpoint, logged_epochs, recovery_shown, small_config, wait_until
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
@@ -314,24 +313,20 @@ def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "search"
-    killed: list[int] = []
 
     def running_epochs() -> dict[Path, int]:
         return {path.parent: len(logged_epochs(path.parent)) for path in folder.glob("*/metrics.jsonl")}
 
-    def kill_the_trial() -> None:
+    def kill_the_trial() -> Path:
         wait_until(lambda: any(running_epochs().values()), "the first epoch of a trial")
         actors = list_actors(address=ray.get_runtime_context().gcs_address, limit=1000)
         [victim] = [a.pid for a in actors if a.class_name.endswith("ImplicitFunc") and a.state == "ALIVE"]
         os.kill(victim, signal.SIGKILL)
-        killed.append(victim)
+        return next(iter(running_epochs()))
 
-    killer = threading.Thread(target=kill_the_trial)
-    killer.start()
     changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "train.epochs": 12}
-    _, [trial] = run_search(folder, **changes)
-    killer.join()
-    assert killed
+    with recovery_shown("a trial's process killed", kill_the_trial):
+        _, [trial] = run_search(folder, **changes)
     assert trial.failure is None
     assert logged_epochs(folder / trial.id) == list(range(1, 13))
     first = json.loads((folder / trial.id / "metrics.jsonl").read_text().split("\n")[0])

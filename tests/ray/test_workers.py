@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import ray
 import torch
 from ray.util.state import list_actors
-from small_runs import assert_same_run, last_checkpoint, logged_epochs, small_config, wait_until
+from small_runs import assert_same_run, last_checkpoint, logged_epochs, recovery_shown, small_config, wait_until
 
 from nuciseg.config import Config
 from nuciseg.distributed import training
@@ -75,21 +74,16 @@ def test_two_workers_train_to_the_end(undisturbed: Path) -> None:
 def test_a_worker_killed_in_mid_epoch_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "killed"
     before = worker_pids(alive=False)
-    killed: list[int] = []
     first_lines: list[str] = []
 
-    def kill_one_worker() -> None:
+    def kill_one_worker() -> Path:
         wait_until(lambda: len(logged_epochs(run_dir)) >= 1, "the first epoch")
         first_lines.append((run_dir / "metrics.jsonl").read_text().split("\n")[0])
-        victim = min(worker_pids() - before)
-        os.kill(victim, signal.SIGKILL)
-        killed.append(victim)
+        os.kill(min(worker_pids() - before), signal.SIGKILL)
+        return run_dir
 
-    killer = threading.Thread(target=kill_one_worker)
-    killer.start()
-    run_training(make_job(run_dir))
-    killer.join()
-    assert killed
+    with recovery_shown("a worker killed in mid-epoch", kill_one_worker):
+        run_training(make_job(run_dir))
     assert len(worker_pids(alive=False) - before) == 4, "two workers should have been replaced by two new ones"
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     # Not begun anew: the first epoch that the last checkpoint remembers is the one that ran before the kill.
@@ -132,8 +126,13 @@ def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
 
     monkeypatch.setattr(training, "train_loop", doomed_train_loop)
     run_dir = tmp_path / "killed"
-    run_training(make_job(run_dir))
-    assert (run_dir / "died").exists()
+
+    def await_death() -> Path:
+        wait_until((run_dir / "died").exists, "the death of a worker")
+        return run_dir
+
+    with recovery_shown(f"a worker killed in mid-{moment}", await_death):
+        run_training(make_job(run_dir))
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
 
@@ -171,21 +170,19 @@ def test_a_worker_that_hangs_is_replaced(undisturbed: Path, tmp_path: Path, monk
     before = worker_pids(alive=False)
     halted: list[int] = []
 
-    def halt_one_worker() -> None:
+    def halt_one_worker() -> Path:
         wait_until(lambda: len(logged_epochs(run_dir)) >= 1, "the first epoch")
         halted.append(max(worker_pids() - before))
         os.kill(halted[0], signal.SIGSTOP)
+        return run_dir
 
-    halter = threading.Thread(target=halt_one_worker)
-    halter.start()
     try:
-        run_training(make_job(run_dir))
+        with recovery_shown("a worker halted, noticed after 5 s", halt_one_worker):
+            run_training(make_job(run_dir))
     finally:
-        halter.join()
         for pid in halted:
             with contextlib.suppress(ProcessLookupError):  # as it should be
                 os.kill(pid, signal.SIGKILL)
-    assert halted
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
 
