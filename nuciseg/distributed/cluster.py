@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -130,20 +130,21 @@ def _describe_versions(of_ray: str) -> str:
     )
 
 
-@contextmanager
-def _environment_of_workers(dashboard_port: int) -> Iterator[None]:
+def _environment_of_workers(dashboard_port: int) -> AbstractContextManager[None]:
     """What is started in the block inherits the dashboard's address, and no W&B service of this process.
 
     Ray Train frees the places of stopped trials by asking the dashboard. Left to itself it looks for Ray's processes
     on the machine, and where another Ray runs there too it gives up, so that the next trial waits for ever.
     W&B's service ends when this process asks it to: a worker that was told of it would have nobody to write to.
     """
-    inherited: dict[str, str | None] = {
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
-        "WANDB_SERVICE": None,
-    }
-    before = {name: os.environ.get(name) for name in inherited}
-    _set_environment(inherited)
+    return environment({"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}", "WANDB_SERVICE": None})
+
+
+@contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Within, the environment has these variables, and lacks those that are None; afterwards it is as it was."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set_environment(variables)
     try:
         yield
     finally:
@@ -151,7 +152,6 @@ def _environment_of_workers(dashboard_port: int) -> Iterator[None]:
 
 
 def _set_environment(variables: Mapping[str, str | None]) -> None:
-    """Set each variable; None takes it away."""
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)

@@ -18,7 +18,15 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config
-from nuciseg.distributed.cluster import Need, connect, gpus_within_reach, quieten, require_room_for_runs, worker_need
+from nuciseg.distributed.cluster import (
+    Need,
+    connect,
+    environment,
+    gpus_within_reach,
+    quieten,
+    require_room_for_runs,
+    worker_need,
+)
 from nuciseg.distributed.failures import STOP_FILE, is_lost_connection, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.storage import await_seen
@@ -31,7 +39,7 @@ from nuciseg.tracking import METRICS_FILE
 
 LOOK_FOR_ROOM_S = 20.0  # Ray counts the nodes as often
 # Where a node was lost Ray may still count it, and wait for room on it. Ray's own 60 s are for a number that is fixed.
-ROOM_TIMEOUT_S = 10.0
+ROOM_TIMEOUT, ROOM_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 10.0
 STARTED_FILE = ".started"  # a node that does not see it does not share the run's folder
 
 
@@ -77,9 +85,10 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
     """Run `job` on several workers; raises the NucisegError that ended it, if one did."""
     config = job.config
     workers: int | tuple[int, int]
+    patience: dict[str, str] = {}
     if isinstance(config.scale.num_workers, WorkerRange):
         workers = config.scale.min_workers, config.scale.max_workers
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_TIMEOUT_S))
+        patience = {ROOM_TIMEOUT: os.environ.get(ROOM_TIMEOUT, str(ROOM_TIMEOUT_S))}
     else:
         workers = config.scale.num_workers
     trainer = TorchTrainer(
@@ -103,7 +112,7 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         (job.run_dir / STARTED_FILE).touch()
     job.mirror.push()
     try:
-        with job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
+        with environment(patience), job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         _raise_known(error)

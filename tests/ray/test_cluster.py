@@ -7,6 +7,10 @@ import subprocess
 import sys
 import tempfile
 
+import pytest
+
+from nuciseg.distributed.cluster import environment
+
 SCRIPT = """
 import os, ray
 from nuciseg.distributed.cluster import connect
@@ -25,3 +29,13 @@ def test_workers_are_told_of_the_dashboard_and_of_no_wandb_service_that_ends_bef
     of_worker, dashboard, here, dashboard_here = done.stdout.split()
     assert (of_worker, here, dashboard_here) == ("None", service, "None")
     assert dashboard.startswith("http://127.0.0.1:")
+
+
+def test_the_environment_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "before")
+    monkeypatch.delenv("ADDED", raising=False)
+    with environment({"KEPT": None, "ADDED": "within"}):
+        assert "KEPT" not in os.environ
+        assert os.environ["ADDED"] == "within"
+    assert os.environ["KEPT"] == "before"
+    assert "ADDED" not in os.environ
