@@ -2,12 +2,13 @@
 
 An image of 20,000 x 20,000 pixels has 1.6 GB of labels, of which no more than a window is in memory. They are written
 with `write` and only read through a memory map: on a full disk `write` raises OSError, where storing through the map
-would end the process.
+would end the process. What was read through it counts as memory of the process until it is released.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,12 +31,18 @@ class LabelCanvas:
         self._shape = shape
         self._file = path.open("w+b")
         self._file.truncate(math.prod(shape) * np.dtype(np.int32).itemsize)  # holes take no room and read as 0
-        self._labels_HW = np.memmap(path, np.int32, "r", shape=shape)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._labels_HW = np.frombuffer(self._map, np.int32).reshape(shape)
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """All that was painted; int32, read from the file where it is indexed."""
+        """All that was painted; int32, read from the file where it is indexed. `release` when a large part was."""
         return self._labels_HW
+
+    def release(self) -> None:
+        """Give back the memory of what was read; it is read again from the file, or from the system's cache of it."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def paint(self, nuclei: ReportedNuclei) -> None:
         """Add the ids of `nuclei` where no other nucleus is. Raises OSError."""
@@ -47,6 +54,7 @@ class LabelCanvas:
             self._file.seek(((top + row) * self._shape[1] + left) * painted_W.itemsize)
             self._file.write(painted_W.tobytes())
         self._file.flush()
+        self.release()
 
     def close(self) -> None:
         self._file.close()
@@ -67,7 +75,7 @@ class MasksWriter:
             tifffile.imwrite(self._path, np.array(labels_HW), compression="zlib", photometric="minisblack")
             return
         tifffile.imwrite(
-            self._path, _tiles(labels_HW), shape=labels_HW.shape, dtype=labels_HW.dtype, tile=(TILE_PX, TILE_PX),
+            self._path, self._tiles(), shape=labels_HW.shape, dtype=labels_HW.dtype, tile=(TILE_PX, TILE_PX),
             compression="zlib", photometric="minisblack", bigtiff=labels_HW.nbytes > CLASSIC_TIFF_BYTES,
             buffersize=NUM_WAITING_BYTES,
         )  # fmt: skip
@@ -75,8 +83,9 @@ class MasksWriter:
     def close(self) -> None:
         """Nothing is open between calls."""
 
-
-def _tiles(labels_HW: NDArray[np.int32]) -> Iterator[NDArray[np.int32]]:
-    for top in range(0, labels_HW.shape[0], TILE_PX):
-        for left in range(0, labels_HW.shape[1], TILE_PX):
-            yield labels_HW[top : top + TILE_PX, left : left + TILE_PX]
+    def _tiles(self) -> Iterator[NDArray[np.int32]]:
+        labels_HW = self._canvas.labels
+        for top in range(0, labels_HW.shape[0], TILE_PX):
+            for left in range(0, labels_HW.shape[1], TILE_PX):
+                yield labels_HW[top : top + TILE_PX, left : left + TILE_PX]
+            self._canvas.release()

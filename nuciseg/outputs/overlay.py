@@ -60,6 +60,7 @@ class OverlayWriter:
             above, below = max(top - OUTLINE_PX, 0), min(bottom + OUTLINE_PX, num_rows)
             drawn = outlined_rgb(grey_HWC[above:below], self._labels(above, below), scale=scale, outline_px=OUTLINE_PX)
             bands.append(drawn[(top - above) * scale : (bottom - above) * scale])
+            self._canvas.release()
         iio.imwrite(self._path, np.concatenate(bands), extension=".png", plugin="pillow")
 
     def close(self) -> None:

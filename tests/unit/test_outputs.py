@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import imageio.v3 as iio
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from predicted_windows import PITCH_PX, Drawn, draw
@@ -23,7 +24,8 @@ from skimage.draw import polygon2mask
 from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.images import read_labels, write_labels_tiff
 from nuciseg.outputs import OUTPUT_NAMES, ImageResult, Summary, open_outputs, write_summary
-from nuciseg.outputs.nuclei import COLUMNS
+from nuciseg.outputs.canvas import LabelCanvas
+from nuciseg.outputs.nuclei import COLUMNS, ReportedNuclei
 from nuciseg.outputs.overlay import BAND_PX
 from nuciseg.plots import overlay_rgb
 from nuciseg.types import Window
@@ -216,6 +218,22 @@ def test_a_mask_too_large_for_a_classic_tiff_is_a_bigtiff(tmp_path: Path, monkey
     with tifffile.TiffFile(tmp_path / "a_masks.tif") as tiff:
         assert tiff.is_bigtiff
     assert read_labels(tmp_path / "a_masks.tif").shape == (8, 5000)
+
+
+def test_the_labels_of_a_large_image_do_not_stay_in_memory(tmp_path: Path) -> None:
+    """What was read through a map is the process' memory until it is released."""
+
+    def resident_bytes() -> int:
+        return int(psutil.Process().memory_info().rss)
+
+    canvas = LabelCanvas(tmp_path / "canvas", (10_000, 5_000))
+    before = resident_bytes()
+    assert canvas.labels.max() == 0
+    assert resident_bytes() - before > 150e6, "nothing was read"
+    canvas.paint(ReportedNuclei(_empty((8, 8)), (10_000, 5_000), None))
+    assert resident_bytes() - before < 50e6
+    assert canvas.labels[-1, -1] == 0
+    canvas.close()
 
 
 def test_ids_beyond_16_bits_are_kept(tmp_path: Path) -> None:
