@@ -109,6 +109,7 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         ),
     )
     if job.bucket is None:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
         (job.run_dir / STARTED_FILE).touch()
     job.mirror.push()
     try:
