@@ -1,0 +1,58 @@
+"""What disturbs a run without ending it: a worker that is slow, a clock that is moved."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gloo_workers import on_workers
+from small_runs import assert_same_run, last_checkpoint, run, small_config
+
+from nuciseg.config import Config
+from nuciseg.engine.inference import Place
+from nuciseg.engine.loop import EpochReport, Trainer
+
+SLOWER_S = 0.4  # a step
+
+
+def _train_with_a_slow_second_worker(place: Place, config: Config, run_dir: Path, slower_s: float) -> None:
+    """In a process of its own, so that nothing has to be put back."""
+    step = Trainer._step
+
+    def slow_step(self: Trainer, *arguments: Any) -> Any:
+        time.sleep(slower_s * place.rank)
+        return step(self, *arguments)
+
+    Trainer._step = slow_step  # type: ignore[method-assign]
+    run(config, run_dir, place)
+
+
+def test_a_slow_worker_changes_nothing_but_the_rate_that_is_reported(tmp_path: Path) -> None:
+    config = small_config(**{"train.epochs": 2})
+    for name, slower_s in (("undisturbed", 0.0), ("slow", SLOWER_S)):
+        on_workers(2, tmp_path / f"meet-{name}", _train_with_a_slow_second_worker, config, tmp_path / name, slower_s)
+    assert_same_run(tmp_path / "slow", tmp_path / "undisturbed")
+    most_images_per_s = config.data.batch_size / SLOWER_S
+    last = {name: last_checkpoint(tmp_path / name).progress.history[-1] for name in ("undisturbed", "slow")}
+    assert last["slow"]["images_per_s"] <= most_images_per_s < last["undisturbed"]["images_per_s"]
+
+
+def test_a_clock_that_is_moved_by_an_hour_changes_neither_the_run_nor_its_durations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this process alone: another test may look at the machine's."""
+    real_time = time.time
+
+    def move(report: EpochReport) -> None:
+        hours = {1: 1, 2: -1, 3: 0}.get(report.progress.epoch, 0)
+        monkeypatch.setattr(time, "time", lambda: real_time() + 3600 * hours)
+
+    config = small_config()
+    run(config, tmp_path / "undisturbed")
+    run(config, tmp_path / "moved", on_epoch=move)
+    assert_same_run(tmp_path / "moved", tmp_path / "undisturbed")
+    for row in last_checkpoint(tmp_path / "moved").progress.history:
+        assert 0 <= row["train_s"] < 600
+        assert 0 <= row["validation_s"] < 600
