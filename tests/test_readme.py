@@ -110,10 +110,12 @@ def test_explore(workplace: Workplace) -> None:
     assert (workplace.folder / "explore.html").exists()
 
 
+@pytest.mark.slow
 def test_plan(workplace: Workplace) -> None:
     assert "hours" in workplace.run(example("plan").replace("DIR", str(workplace.data_root)))
 
 
+@pytest.mark.slow
 def test_doctor(workplace: Workplace) -> None:
     assert "passed" in workplace.run(example("doctor").replace("DIR", str(workplace.data_root)))
 

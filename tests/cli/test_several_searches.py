@@ -47,6 +47,7 @@ def searched(questions: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_each_file_is_searched_in_its_own_folder_and_all_in_one_group(questions: Path, searched: str) -> None:
     folder = questions / "runs" / "both"
     for name, num_trials in (("rates", 2), ("seeds", 1), ("slower", 2)):
@@ -63,6 +64,7 @@ def test_each_file_is_searched_in_its_own_folder_and_all_in_one_group(questions:
     assert f"all 3 searches: {Path('runs') / 'both'}" in searched
 
 
+@pytest.mark.slow
 def test_the_report_of_the_folder_shows_every_search(questions: Path, searched: str) -> None:
     folder = questions / "runs" / "both"
     report([str(folder)])
@@ -70,6 +72,7 @@ def test_the_report_of_the_folder_shows_every_search(questions: Path, searched: 
     assert all(f"<h2>{name}: trials</h2>" in page for name in ("rates", "seeds"))
 
 
+@pytest.mark.slow
 def test_a_trial_that_another_search_has_trained_is_taken_over(questions: Path, searched: str) -> None:
     folder = questions / "runs" / "both"
     trained, taken = (

@@ -220,10 +220,11 @@ def test_trials_of_two_workers_use_the_whole_cluster_and_free_it(
 @pytest.mark.parametrize(
     ("changes", "room"),
     [
-        pytest.param({}, 4, marks=pytest.mark.slow, id="all"),
+        pytest.param({}, 4, id="all"),
         pytest.param({"search.max_concurrent": 2}, 2, id="limited"),
     ],
 )
+@pytest.mark.slow
 def test_never_more_trials_at_once_than_there_is_room_for(
     changes: dict[str, Any], room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

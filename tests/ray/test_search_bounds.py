@@ -85,6 +85,7 @@ def test_at_the_last_hour_running_trials_leave_a_checkpoint_and_no_other_begins(
 
 
 @pytest.mark.usefixtures("hour_passes")
+@pytest.mark.slow
 def test_a_higher_bound_lets_it_go_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "search"
     ended = run_until_bound(bounded(**{"search.max_hours": 1.0, "train.epochs": 12}), folder)
@@ -110,6 +111,7 @@ def test_a_higher_bound_lets_it_go_on_where_it_was(tmp_path: Path, capsys: pytes
         assert last_checkpoint(folder / trial.id).progress.history[: len(before)] == before, "trained again"
 
 
+@pytest.mark.slow
 def test_without_room_for_another_trial_those_that_run_come_to_their_end(tmp_path: Path) -> None:
     folder = tmp_path / "search"
     config = bounded(**{"train.epochs": 2})

@@ -206,6 +206,7 @@ def test_gpus_that_no_node_has_are_refused_at_once(tmp_path: Path) -> None:
         check_room(make_job(tmp_path / "run", **{"scale.use_gpu": True}).config, verbose=False)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_without_endless_retries(tmp_path: Path) -> None:
     before = worker_pids(alive=False)
     run_dir = tmp_path / "run"
