@@ -82,7 +82,7 @@ def require_shared_by_joined(folder: Path, known: set[str]) -> None:
         return
     answers = {name: answer for name, answer in _probe(folder, joined).items() if answer.failure is None}
     known.update(node_id for node_id, name in joined.items() if name in answers)
-    _refuse(f"{STORAGE_SETTING} is {folder.parent}", answers, _share_it(STORAGE_SETTING))
+    _refuse(f"the search lies in {folder}", answers, _share_it(STORAGE_SETTING))
 
 
 def await_seen(path: Path, timeout_s: float = SEEN_TIMEOUT_S) -> None:

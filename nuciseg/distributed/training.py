@@ -39,7 +39,7 @@ from nuciseg.tracking import METRICS_FILE
 
 LOOK_FOR_ROOM_S = 20.0  # Ray counts the nodes as often
 # Where a node was lost Ray may still count it, and wait for room on it. Ray's own 60 s are for a number that is fixed.
-ROOM_TIMEOUT, ROOM_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 10.0
+ROOM_TIMEOUT_VARIABLE, ROOM_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 10.0
 STARTED_FILE = ".started"  # a node that does not see it does not share the run's folder
 
 
@@ -88,7 +88,7 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
     patience: dict[str, str] = {}
     if isinstance(config.scale.num_workers, WorkerRange):
         workers = config.scale.min_workers, config.scale.max_workers
-        patience = {ROOM_TIMEOUT: os.environ.get(ROOM_TIMEOUT, str(ROOM_TIMEOUT_S))}
+        patience = {ROOM_TIMEOUT_VARIABLE: os.environ.get(ROOM_TIMEOUT_VARIABLE, str(ROOM_TIMEOUT_S))}
     else:
         workers = config.scale.num_workers
     trainer = TorchTrainer(
@@ -174,7 +174,10 @@ def _on_this_node(job: Job, bucket: str) -> Job:
 
 
 def _all_see_folder(job: Job) -> bool:
-    """Whether the machines of all workers see the run's folder; who does notes down who does not."""
+    """Whether the machines of all workers see the run's folder; who does notes down who does not.
+
+    Raises StorageAwayError where none does: nobody could note it.
+    """
     unseen = None
     try:
         await_seen(job.run_dir / STARTED_FILE)
@@ -183,6 +186,8 @@ def _all_see_folder(job: Job) -> bool:
     told: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(told, unseen)
     reason = next(filter(None, told), None)
+    if reason is not None and None not in told:
+        raise StorageAwayError(reason)
     if reason is not None and unseen is None:
         note_failure(job.run_dir, ResourceError(reason))
     return reason is None

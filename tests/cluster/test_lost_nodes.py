@@ -221,7 +221,7 @@ def test_a_search_outlives_its_head_node(tmp_path: Path) -> None:
     [
         (
             "tune",
-            r"run\.storage_path is \S+/runs, but node .* does not see what is written there; set run\.storage_path",
+            r"the search lies in \S+-tune, but node .* does not see what is written there; set run\.storage_path",
         ),
         ("train", r"node \S+ does not see \S+/newcomer-train/\.started; mount there what the other nodes share"),
     ],

@@ -6,10 +6,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from pathlib import Path
 
 import pytest
+from gloo_workers import on_workers
+from small_runs import small_config
 
+from nuciseg.distributed import training
 from nuciseg.distributed.cluster import environment
+from nuciseg.distributed.failures import noted_failure
+from nuciseg.distributed.worker import Job
+from nuciseg.engine.inference import Place
+from nuciseg.errors import StorageAwayError
+from nuciseg.tracking import RunIdentity
 
 SCRIPT = """
 import os, ray
@@ -39,3 +49,28 @@ def test_the_environment_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch
         assert os.environ["ADDED"] == "within"
     assert os.environ["KEPT"] == "before"
     assert "ADDED" not in os.environ
+
+
+def _who_sees_the_folder(place: Place, folders: list[Path]) -> bool | str:
+    training.await_seen = partial(training.await_seen, timeout_s=1.0)  # in a process of its own
+    identity = RunIdentity("run", "run", "group", "train", ())
+    try:
+        return training._all_see_folder(Job(small_config(), folders[place.rank], identity))
+    except StorageAwayError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("seen_by", [(0, 1), (1,), ()], ids=["both", "one", "none"])
+def test_workers_that_do_not_all_see_the_folder_end_with_a_reason(seen_by: tuple[int, ...], tmp_path: Path) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for rank in seen_by:
+        folders[rank].mkdir()
+        (folders[rank] / training.STARTED_FILE).touch()
+    answers = on_workers(2, tmp_path / "meet", _who_sees_the_folder, folders)
+    if not seen_by:
+        assert all("does not see" in str(answer) for answer in answers)
+        return
+    assert answers == [len(seen_by) == 2] * 2
+    noted = noted_failure(folders[1])
+    assert (noted is None) == (len(seen_by) == 2)
+    assert noted is None or "does not see" in str(noted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from small_runs import assert_same_run, last_checkpoint, run, small_config
 
 from nuciseg.config import Config
 from nuciseg.engine.inference import Place
-from nuciseg.engine.loop import EpochReport, Trainer
+from nuciseg.engine.loop import Trainer
 
 SLOWER_S = 0.4  # a step
 
@@ -42,16 +43,12 @@ def test_a_slow_worker_changes_nothing_but_the_rate_that_is_reported(tmp_path: P
 def test_a_clock_that_is_moved_by_an_hour_changes_neither_the_run_nor_its_durations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of this process alone: another test may look at the machine's."""
-    real_time = time.time
-
-    def move(report: EpochReport) -> None:
-        hours = {1: 1, 2: -1, 3: 0}.get(report.progress.epoch, 0)
-        monkeypatch.setattr(time, "time", lambda: real_time() + 3600 * hours)
-
+    """That of this process, at each look: whatever was timed by it would be an hour longer, or less than nothing."""
     config = small_config()
     run(config, tmp_path / "undisturbed")
-    run(config, tmp_path / "moved", on_epoch=move)
+    real_time, hours = time.time, itertools.cycle((0, 1, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: real_time() + 3600 * next(hours))
+    run(config, tmp_path / "moved")
     assert_same_run(tmp_path / "moved", tmp_path / "undisturbed")
     for row in last_checkpoint(tmp_path / "moved").progress.history:
         assert 0 <= row["train_s"] < 600
