@@ -136,9 +136,11 @@ def measure_search(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         search_s = wall_s([
             *(sys.executable, "-m", "nuciseg.tune", *flags, "--no-final", "--search.scheduler", "none"),
             *("--search.sampler", "grid", "--search.space", json.dumps({"seed": {"choice": seeds}})),
-            *("--search.max_concurrent", str(places), "--run.storage_path", str(folder), "--run.name", name),
+            *("--search.trial_epochs", str(args.epochs), "--search.max_concurrent", str(places)),
+            *("--run.storage_path", str(folder), "--run.name", name),
         ])  # fmt: skip
         trials = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
+        assert all(trial["epochs"] == args.epochs for trial in trials), "the scripts train for as many epochs"
         trained_s = sum(trial["seconds"] for trial in trials)
         script = [sys.executable, str(HERE / "plain_training.py")]
         scripts = [[*script, str(folder / f"plain-{number}-{seed}"), *flags, "--seed", str(seed)] for seed in seeds]

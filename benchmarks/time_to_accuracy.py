@@ -17,14 +17,13 @@ same ratios at other APs, from the same trainings.
 
 DIR keeps what was measured: nuciseg's run, which is taken up again where it was interrupted, and a line an epoch of
 StarDist's, which begins anew. A part that has its result is not run again. Other flags go to `nuciseg.train`. The last
-line is one JSON object, also in DIR/result.json. About 100 minutes on 2 cores with nothing else to do.
+line is one JSON object, also in DIR/result.json. About 45 minutes on 2 cores with nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -133,7 +132,7 @@ def train_nuciseg(
             num_shown = show(nuciseg_rows(out), num_shown)
             time.sleep(POLL_S)
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # SIGINT is ignored where a shell started this in the background
     reached = first_reaching(nuciseg_rows(out), arguments.target) is not None
     show(nuciseg_rows(out), num_shown)
     if process.returncode and not reached:

@@ -197,7 +197,7 @@ def describe_run(run_dir: Path) -> str:
         places = [f"W&B run: {saved['url']}"] if saved["url"] else []
         metrics = run_dir / METRICS_FILE
     command = sync_command(run_dir)
-    if command and (saved is None or not places):
+    if command:
         places.append(f"W&B offline run, to upload it: {command}")
     return "; ".join(places) or f"metrics: {metrics}"
 
@@ -213,15 +213,17 @@ def _online_groups(search_dir: Path) -> set[str]:
 def sync_command(folder: Path) -> str | None:
     """The command that uploads the offline runs in `folder` (a run's, or a search's with one folder a trial).
 
-    None where there is none.
+    With what online legs of theirs had not sent. None where nothing was logged offline.
     """
     quoted = shlex.quote(str(folder))
-    for pattern in ("wandb/offline-run-*", "*/wandb/offline-run-*"):
-        found = sorted(folder.glob(pattern))
+    for place in ("wandb", "*/wandb"):
+        found = sorted(folder.glob(f"{place}/offline-run-*"))
+        if any(any(path.parent.glob("run-*")) for path in found):
+            return f"wandb sync --include-online {quoted}/{place}/*run-*-*"
         if len(found) == 1:
             return f"wandb sync {shlex.quote(str(found[0]))}"
         if found:
-            return f"wandb sync {quoted}/{pattern}"
+            return f"wandb sync {quoted}/{place}/offline-run-*"
     return None
 
 

@@ -15,8 +15,8 @@ import threading
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -152,8 +152,10 @@ def require_account() -> str:
 class WandbRun:
     """One run. Every call to wandb that fails is told once as a warning; training goes on."""
 
-    def __init__(self, wandb: ModuleType, run: Any, mode: Mode, folder: Path) -> None:
+    def __init__(self, wandb: ModuleType, start: Callable[[Mode], Any], mode: Mode, folder: Path) -> None:
+        run = start(mode)
         self._wandb = wandb
+        self._start = start
         self._run = run
         self._folder = folder
         self._warned = False
@@ -163,14 +165,18 @@ class WandbRun:
         # Online the server knows what it got; a local file of an online run may hold more than was sent.
         held = [path for path in earlier if mode == "offline" or path.parent.name.startswith("offline-run-")]
         self.metric_epochs, self.overlay_epochs, next_step = logged_epochs(held)
-        # An offline leg would count its steps from 0 again and, uploaded, be taken for the rows of the first leg.
-        self._next_step = max(int(run.step), next_step)
+        # An offline leg would count its steps from 0 again and, uploaded, be taken for the rows of the first leg; and
+        # `run.step` of wandb 0.31 is 0 in a leg that goes on online, where rows of steps that are over are dropped.
+        self._next_step = max(int(run.starting_step), next_step)
         if mode == "online" and (last := run.summary.get("epoch")) is not None:
             self.metric_epochs.update(range(int(last) + 1))
             self.overlay_epochs.update(range(int(last) + 1))
+        self._use_epochs_as_axis()
+
+    def _use_epochs_as_axis(self) -> None:
         with self._guard():
-            run.define_metric("epoch", hidden=True)
-            run.define_metric("*", step_metric="epoch")
+            self._run.define_metric("epoch", hidden=True)
+            self._run.define_metric("*", step_metric="epoch")
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -178,7 +184,7 @@ class WandbRun:
             with _wandb_files_in(self._folder):
                 yield
         except TimeoutError:
-            raise  # `finish` says what to do then
+            raise  # who ends the run says what to do then
         except failures(self._wandb) as error:
             if not self._warned:
                 self._warned = True
@@ -209,6 +215,7 @@ class WandbRun:
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the same keys as one table."""
+        self._leave_lost_server()
         columns = list(rows[0])
         with self._guard():
             table = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
@@ -216,6 +223,7 @@ class WandbRun:
 
     def log_checkpoint(self, name: str, folder: Path, aliases: Sequence[str]) -> None:
         """The files of `folder` as an artifact of type `model`. They are not copied: leave them until the upload."""
+        self._leave_lost_server()
         with self._guard():
             artifact = self._wandb.Artifact(name, type="model")
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -224,6 +232,22 @@ class WandbRun:
                 )
             self._run.log_artifact(artifact, aliases=list(aliases))
 
+    def _leave_lost_server(self) -> None:
+        """Go on offline where the server does not answer any more.
+
+        Tables and checkpoints of an online run are sent or lost, and the end of the run would wait for them for a
+        quarter of an hour; in an offline one they wait for `wandb sync`.
+        """
+        if self.mode == "offline" or _reachable(base_url := str(self._run.settings.base_url)):
+            return
+        log.warning("W&B at %s does not answer any more: the run goes on offline in %s", base_url, self._folder)
+        with suppress(TimeoutError):
+            self._end(exit_code=0)
+        self.mode = "offline"
+        with self._guard():
+            self._run = self._start("offline")
+        self._use_epochs_as_axis()
+
     def log_summary(self, values: Mapping[str, Any]) -> None:
         with self._guard():
             self._run.summary.update(dict(values))
@@ -231,8 +255,7 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """End the run; online, wait at most FINISH_TIMEOUT_S for its uploads."""
         try:
-            with self._guard():
-                self._run.finish(exit_code=exit_code)
+            self._end(exit_code)
         except TimeoutError:
             folder = Path(self._run.settings.sync_file).parent
             log.warning(
@@ -240,10 +263,17 @@ class WandbRun:
                 FINISH_TIMEOUT_S,
                 shlex.quote(str(folder)),
             )
-        # `finish` returns before the last rows are on disk and the id is free; the end of the service waits for both.
-        if self._wandb.setup().most_recent_active_run is None:
+
+    def _end(self, exit_code: int) -> None:
+        """Raises TimeoutError after FINISH_TIMEOUT_S."""
+        try:
             with self._guard():
-                self._wandb.teardown()
+                self._run.finish(exit_code=exit_code)
+        finally:
+            # `finish` returns before the last rows are on disk and the id is free; the service's end waits for both.
+            if self._wandb.setup().most_recent_active_run is None:
+                with self._guard():
+                    self._wandb.teardown()
 
 
 def failures(wandb: ModuleType) -> tuple[type[Exception], ...]:
@@ -282,8 +312,8 @@ def open_run(
     wandb = import_wandb(verbose)
     base_url = wandb.setup().settings.base_url
 
-    def start(mode: Mode) -> WandbRun:
-        run = wandb.init(
+    def start(mode: Mode) -> Any:
+        return wandb.init(
             project=project,
             entity=entity,
             id=identity.id,
@@ -299,7 +329,6 @@ def open_run(
             allow_val_change=True,
             settings=_settings(wandb, verbose),
         )
-        return WandbRun(wandb, run, mode, folder)
 
     if mode == "online" and not _reachable(base_url):
         log.warning("W&B at %s does not answer: the run is kept offline in %s", base_url, folder)
@@ -307,7 +336,7 @@ def open_run(
     refusals = failures(wandb)
     try:
         with _wandb_files_in(folder):
-            return start(mode)
+            return WandbRun(wandb, start, mode, folder)
     except refusals as error:
         reason = str(error).splitlines()[0]
     if mode == "online":
@@ -315,7 +344,7 @@ def open_run(
         wandb.teardown()  # the service holds the id of the failed start and would refuse it
         try:
             with _wandb_files_in(folder):
-                return start("offline")
+                return WandbRun(wandb, start, "offline", folder)
         except refusals as error:
             reason = str(error).splitlines()[0]
     log.warning("W&B did not start (%s): training goes on, metrics.jsonl has it all", reason)

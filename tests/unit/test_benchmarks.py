@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -164,6 +165,18 @@ def test_time_to_accuracy_combines_what_was_measured(
     assert lower["0.70"] == {"vs_stardist": 3.0, "vs_stardist_without_validation": 4.0, "cut_off": False}
     assert lower["0.75"]["vs_stardist"] == 3.25
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+@pytest.mark.slow
+def test_time_to_accuracy_ends_at_its_target_also_in_the_background_of_a_shell(fields: Path, tmp_path: Path) -> None:
+    settings = (*ONE_EPOCH, "--train.epochs", "200", "--only", "nuciseg", "--data.cache_dir", tmp_path / "cache")
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `command &` of a script has it
+    try:
+        result = result_of(run("time_to_accuracy.py", fields, "--out", tmp_path, *settings))
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert result["nuciseg"]["epoch"] == 1
+    assert len((tmp_path / "nuciseg" / "metrics.jsonl").read_text().splitlines()) < 200
 
 
 def test_time_to_accuracy_needs_a_limit_for_stardist_alone(fields: Path, tmp_path: Path) -> None:

@@ -168,6 +168,9 @@ def test_sync_command_names_folders_that_exist(offline: tuple[Path, OfflineRun],
         env={**os.environ, "WANDB_SILENT": "false"},
     )
     assert "2 run(s)" in dry_run.stdout + dry_run.stderr
+    (search / "x" / "wandb" / "run-20260101_000000-x").mkdir()  # an online leg, which the server may have lost sight of
+    assert sync_command(search / "x") == f"wandb sync --include-online '{search / 'x'}'/wandb/*run-*-*"
+    assert sync_command(search) == f"wandb sync --include-online '{search}'/*/wandb/*run-*-*"
     assert sync_command(tmp_path / "nothing") is None
 
 
