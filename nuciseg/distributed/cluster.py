@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import ray
@@ -17,7 +18,7 @@ from ray._private.services import find_bootstrap_address
 from ray.exceptions import AuthenticationError
 
 from nuciseg.distributed.growth import Resources, nodes_within_reach
-from nuciseg.errors import ResourceError
+from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.scale import ScaleConfig, WorkerRange
 
 ANSWER_TIMEOUT_S = 10.0  # of the head's port; Ray itself tries for four minutes
@@ -36,11 +37,14 @@ def connect(verbose: bool, **limits: int) -> None:
     """Join the cluster that RAY_ADDRESS or `ray start` names, else start Ray on this machine.
 
     `limits` (num_cpus, num_gpus, object_store_memory) are those of `ray.init` for a Ray that is started here.
-    Raises ResourceError for a cluster that does not answer, refuses this process, or runs other versions.
+    Raises ResourceError for a cluster that does not answer, refuses this process, or runs other versions, and where Ray
+    does not start; ConfigError for a RAY_TMPDIR that it cannot start in.
     """
     quieten(verbose)
     if ray.is_initialized():
         return
+    if (folder := os.environ.get("RAY_TMPDIR")) is not None and not Path(folder).is_absolute():
+        raise ConfigError(f"RAY_TMPDIR is {folder!r}, and Ray starts in no relative path; give a full one, or unset it")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A trial's state is written at most this long after it changed: what a SIGKILL of the driver may lose.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
@@ -70,6 +74,13 @@ def connect(verbose: bool, **limits: int) -> None:
         if "Version mismatch" not in str(error):
             raise
         raise ResourceError(_describe_versions(str(error))) from None
+    except Exception as error:  # Ray has no narrower class for it
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not start on this machine within 30 seconds; stop what keeps its processors or memory busy, and "
+            f"try again (Ray's own logs: {folder or '/tmp'}/ray/session_latest/logs)"
+        ) from None
 
 
 def _address() -> str:

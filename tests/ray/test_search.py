@@ -20,7 +20,7 @@ from nuciseg.distributed import search
 from nuciseg.distributed.search import resume_search, start_search, winner
 from nuciseg.distributed.trials import RESULTS_FILE, Trial
 from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
-from nuciseg.engine.checkpoint import MAX_FOLDERS
+from nuciseg.engine.checkpoint import MAX_FOLDERS, find_checkpoint, load_checkpoint
 from nuciseg.errors import DataError
 from nuciseg.reporting.records import SearchRecord, read_folder
 
@@ -256,6 +256,20 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
     assert best is not None
     assert best.optim.lr == 0.001
     assert len(spans(tmp_path / "spans")) == 2, "what cannot be mended was tried again"
+
+
+def test_trials_begin_with_the_weights_that_are_given(stopped_by_asha: Searched, tmp_path: Path) -> None:
+    folder, _, trials, _ = stopped_by_asha
+    learned = folder / trials[0].id
+    changes = {
+        "search.space": {"optim.lr": {"choice": [1e-12]}},
+        "train.epochs": 1,
+        "train.init_from": str(learned),
+    }
+    _, [trial] = run_search(tmp_path / "search", **changes)
+    best = load_checkpoint(find_checkpoint(learned)).weights
+    for name, values in last_checkpoint(tmp_path / "search" / trial.id).weights.items():
+        torch.testing.assert_close(values, best[name], rtol=0, atol=1e-6)
 
 
 def test_data_that_is_away_ends_a_resumption_before_it_ends_the_trials(tmp_path: Path) -> None:
