@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+import ray
 from ray.cluster_utils import Cluster
 
 from nuciseg.train import main as train
@@ -27,6 +28,7 @@ def main() -> None:
         os.environ["RAY_ADDRESS"] = cluster.address
         train([*words, "--scale.num_workers", num_nodes, "--scale.cpus_per_worker", "1"])
     finally:
+        ray.shutdown()  # a node is not taken from a driver that is connected to it
         cluster.shutdown()
 
 

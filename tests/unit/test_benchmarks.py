@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from small_runs import SMALL, logged_epochs
 
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
 from nuciseg.images import read_labels
@@ -184,6 +186,15 @@ def test_time_to_accuracy_needs_a_limit_for_stardist_alone(fields: Path, tmp_pat
     assert done.returncode == 1
     cure = "run it first, or give --limit-minutes"
     assert done.stderr.splitlines() == [f"{tmp_path} has no time of nuciseg to cut StarDist off by; {cure}"]
+
+
+@pytest.mark.slow
+def test_logical_nodes_are_taken_down_after_their_run(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    words = ("--config", tmp_path / "small.yaml", "--train.epochs", 1, "--run.storage_path", tmp_path)
+    done = run("logical_nodes.py", 1, *words, "--run.name", "a")
+    assert done.returncode == 0, done.stderr
+    assert logged_epochs(tmp_path / "a") == [1]
 
 
 @pytest.mark.parametrize("script", ["inference.py", "time_to_accuracy.py"])
