@@ -54,7 +54,8 @@ class TrackingConfig(Section):
 class Tracker:
     """`metrics.jsonl` for the epochs and, unless `wandb_run` is None, everything to W&B.
 
-    Called from rank 0 only; no call waits for a network.
+    Called from rank 0 only. `log_epoch` and `log_overlays` wait for no network; the calls at a run's end wait a minute
+    for a server that was lost.
     """
 
     def __init__(self, run_dir: Path, identity: RunIdentity, wandb_run: WandbRun | None) -> None:

@@ -32,7 +32,7 @@ class OfflineRun:
     @property
     def epochs(self) -> list[int]:
         """Epochs of the rows that hold metrics rather than pictures or tables, in the order written."""
-        return [row["epoch"] for row in self.history if "epoch" in row and not any(map(_is_media, row.values()))]
+        return [row["epoch"] for row in self.history if "epoch" in row and not any(map(is_media, row.values()))]
 
     def pictures(self) -> dict[tuple[int, str], Path]:
         """Files of the logged pictures by (epoch, key)."""
@@ -41,7 +41,7 @@ class OfflineRun:
             (row["epoch"], key): files / value["path"]
             for row in self.history
             for key, value in row.items()
-            if _is_media(value) and value["_type"] == "image-file"
+            if is_media(value) and value["_type"] == "image-file"
         }
 
 
@@ -89,7 +89,7 @@ def _read(path: Path) -> OfflineRun:
     return result
 
 
-def _is_media(value: Any) -> bool:
+def is_media(value: Any) -> bool:
     return isinstance(value, dict) and "_type" in value
 
 

@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+from wandb_offline import is_media
+
 ENTITY = "lab"
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -41,7 +43,7 @@ class ReceivedRun:
 
     def epochs(self) -> list[int]:
         """Epochs of the rows that hold metrics rather than pictures or tables."""
-        return [row["epoch"] for row in self.rows() if "epoch" in row and not any(map(_is_media, row.values()))]
+        return [row["epoch"] for row in self.rows() if "epoch" in row and not any(map(is_media, row.values()))]
 
 
 class WandbServer:
@@ -269,7 +271,3 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
 def _entity() -> dict[str, str]:
     return {"id": "1", "name": ENTITY}
-
-
-def _is_media(value: Any) -> bool:
-    return isinstance(value, dict) and "_type" in value

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from small_runs import SMALL, logged_epochs, wait_until
+from small_runs import SMALL, logged_epochs, show_seconds, wait_until
 from wandb_server import KEY, ReceivedRun, WandbServer, serving_wandb
 
 from nuciseg.config import merged
+from nuciseg.tracking import METRICS_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -56,8 +58,9 @@ def assert_whole(run: ReceivedRun, server: WandbServer) -> None:
     assert pictures
     assert set(pictures) <= set(run.files)
     assert sum("image_scores" in row for row in rows) == 1
-    [checkpoint] = [files for id, files in server.artifacts.items() if id.startswith("model-")]
-    assert {"checkpoint.json", "weights.safetensors"} <= set(checkpoint)
+    [checkpoint] = [id for id in server.artifacts if id.startswith("model-")]
+    assert checkpoint in server.committed
+    assert {"checkpoint.json", "weights.safetensors"} <= set(server.artifacts[checkpoint])
     assert run.exit_code == 0
     assert server.unknown == []
 
@@ -72,6 +75,8 @@ def test_the_printed_command_sends_what_was_logged_while_the_server_was_away(ser
     process = start("--config", "small.yaml", "--run.name", "a")
     run = lose_after_two_epochs(server)
     said, errors = finished(process)
+    last_epoch_s = (Path("runs/a") / METRICS_FILE).stat().st_mtime
+    show_seconds("W&B is lost: from the last epoch to the end of the run", time.time() - last_epoch_s)
     assert logged_epochs(Path("runs/a")) == list(range(1, NUM_EPOCHS + 1))
     assert len(run.epochs()) < NUM_EPOCHS
     assert f"W&B at {server.address} does not answer any more: the run goes on offline in " in errors
@@ -97,3 +102,4 @@ def test_a_run_that_was_killed_while_the_server_was_away_goes_on_with_the_same_o
     finished(start("--resume", "runs/a"))
     assert list(server.runs.values()) == [run]
     assert_whole(run, server)
+    assert [row["_step"] for row in run.rows()] == list(range(len(run.rows())))

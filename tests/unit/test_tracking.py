@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from wandb_offline import OfflineRun, read_offline_runs
+from wandb_server import KEY
 
 from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.tracking import (
@@ -28,7 +29,6 @@ from nuciseg.tracking import (
 )
 
 IDENTITY = RunIdentity("search-0007", "unet bce lr 1e-3", "search", "tune", ("unet", "synthetic"))
-FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 
 # The training loop of a run, reduced to what it tells the tracker: `first last ending kind` are its arguments.
 LOOP = """
@@ -231,7 +231,7 @@ def test_epochs_only_in_the_checkpoint_are_logged_on_resume(tmp_path: Path) -> N
 
 def test_an_unreachable_server_neither_stops_training_nor_learns_the_key(tmp_path: Path) -> None:
     start = time.monotonic()
-    result = _run_loop(tmp_path / "run", 1, 3, "end", "auto", WANDB_API_KEY=FAKE_KEY, WANDB_MODE="online")
+    result = _run_loop(tmp_path / "run", 1, 3, "end", "auto", WANDB_API_KEY=KEY, WANDB_MODE="online")
     assert time.monotonic() - start < 60
     assert "went on to the end" in result.stdout, result.stderr
     warnings = [line for line in result.stderr.splitlines() if "WARNING" in line]
@@ -239,10 +239,10 @@ def test_an_unreachable_server_neither_stops_training_nor_learns_the_key(tmp_pat
     assert "kept offline" in warnings[0]
     (run,) = read_offline_runs(tmp_path / "run")
     assert run.epochs == [1, 2, 3]
-    assert FAKE_KEY not in result.stdout + result.stderr
+    assert KEY not in result.stdout + result.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
-    assert not [path for path in files if FAKE_KEY.encode() in path.read_bytes()]
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
 def test_a_server_that_answers_with_errors_makes_an_offline_run(tmp_path: Path) -> None:
@@ -255,14 +255,14 @@ def test_a_server_that_answers_with_errors_makes_an_offline_run(tmp_path: Path) 
         assert server.stdout is not None
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
         result = _run_loop(
-            tmp_path / "run", 1, 2, "end", "auto", WANDB_API_KEY=FAKE_KEY, WANDB_MODE="online", WANDB_BASE_URL=url
+            tmp_path / "run", 1, 2, "end", "auto", WANDB_API_KEY=KEY, WANDB_MODE="online", WANDB_BASE_URL=url
         )
     finally:
         server.kill()
         server.wait()
     assert "went on to the end" in result.stdout, result.stderr
     assert [run.epochs for run in read_offline_runs(tmp_path / "run")] == [[1, 2]]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and FAKE_KEY.encode() in path.read_bytes()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def test_training_goes_on_when_wandbs_service_dies(tmp_path: Path) -> None:
