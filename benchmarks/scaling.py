@@ -5,7 +5,8 @@
 Four parts, the runs of each alternating, all with one thread a worker and images made in that thread:
 
 workers   two workers with twice the batch against one: images a second, half of it for each
-torchrun  `nuciseg train` on two workers against `torchrun` with the same loop (plain_training.py): seconds an epoch
+torchrun  `nuciseg train` on two workers against `torchrun` with the same loop (plain_training.py): seconds an epoch.
+          With --spare-core the workers of both share all cores but the last, and Ray's own processes keep to that
 search    `nuciseg tune` of one-worker trials, as many at a time as there are cores, against the same trainings as plain
           scripts; how much of the search's time its places do not train
 nodes     1, 2, 4 and 8 workers, each on a logical node of its own (logical_nodes.py): do all learn the same?
@@ -17,6 +18,7 @@ with nothing else to do; without --data.root clusters are drawn.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from alternating import all_cores
 from workers import NETWORK
 from workers import train as train_workers
@@ -39,6 +42,8 @@ from nuciseg.tracking import METRICS_FILE, read_metrics
 
 HERE = Path(__file__).parent
 LOOK_S = 0.02
+PLACE_S = 2.0  # between two looks at which processes there are
+WORKER = "ray::RayTrainWorker"  # what Ray calls the processes that train
 NUM_NODES = (1, 2, 4, 8)
 LOSS_TOLERANCE = 1e-3  # sums of floats in another order
 # Group norm and no dropout: what depends on who has which image of a batch would differ between numbers of workers.
@@ -62,8 +67,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="epochs of a run and of a trial, at least 2 (8)")
     parser.add_argument("--trials", type=int, default=8, help="trials of the search (8)")
     parser.add_argument("--images", type=int, default=320, help="drawn training images, without --data.root (320)")
+    parser.add_argument("--spare-core", action="store_true", help="torchrun: leave a core to Ray's processes (Linux)")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     args = parser.parse_args()
+    if args.spare_core and len(all_cores()) < 2:
+        parser.error("--spare-core: this machine has one core, which the workers need")
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: the first epoch has the start in it, so give 2 or more")
     busy = os.getloadavg()[0]
@@ -77,7 +85,8 @@ def main() -> None:
         result: dict[str, Any] = {}
         for name in args.part or PARTS:
             result |= PARTS[name](args, Path(folder) / name)
-    print(json.dumps({**result, "cores": len(all_cores()), "rounds": args.rounds, "load_before": round(busy, 1)}))
+    shown = {"cores": len(all_cores()), "spare_core": args.spare_core}
+    print(json.dumps({**result, **shown, "rounds": args.rounds, "load_before": round(busy, 1)}))
 
 
 # ------------------------------------------------------------------------------------------------------ the parts
@@ -104,16 +113,18 @@ def measure_workers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measure_torchrun(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flags = (*common(args), "--train.epochs", str(args.epochs), "--data.batch_size", "16")
+    *shared, spare = all_cores()
+    of_workers, of_ray = (shared, [spare]) if args.spare_core else (all_cores(), all_cores())
     with_ray, without = [], []
     for number in range(args.rounds):
         name = f"ray-{number}"
         words = ("--run.storage_path", str(folder), "--run.name", name, "--scale.num_workers", "2")
         command = [sys.executable, "-m", "nuciseg.train", *flags, *words]
-        with_ray.append(timed(command, folder / name / METRICS_FILE, args.epochs))
+        with_ray.append(timed(command, folder / name / METRICS_FILE, args.epochs, of_workers, of_ray))
         out = folder / f"torchrun-{number}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(HERE / "plain_training.py"), str(out), *flags]
-        without.append(timed(command, out / METRICS_FILE, args.epochs))
+        without.append(timed(command, out / METRICS_FILE, args.epochs, of_workers, of_workers))
         print(f"torchrun: an epoch {without[-1].epoch_s:.2f} s, with Ray {with_ray[-1].epoch_s:.2f} s", flush=True)
     pairs = list(zip(with_ray, without, strict=True))
     return {
@@ -197,20 +208,38 @@ def wall_s(command: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def timed(command: Sequence[str], metrics: Path, num_epochs: int) -> Timed:
-    """Run `command`, which adds a line to `metrics` after each epoch."""
+def timed(
+    command: Sequence[str], metrics: Path, num_epochs: int, of_workers: Sequence[int], of_others: Sequence[int]
+) -> Timed:
+    """Run `command`, which adds a line to `metrics` after each epoch, with Ray Train's workers and all else on these
+    cores."""
     start = time.perf_counter()
     ended: list[float] = []
+    placed_s = -PLACE_S
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         found = len(read_metrics(metrics)) if len(ended) < num_epochs else num_epochs
         ended += [time.perf_counter() - start] * (found - len(ended))
+        if list(of_workers) != all_cores() and time.perf_counter() - placed_s >= PLACE_S:
+            place(process.pid, of_workers, of_others)
+            placed_s = time.perf_counter()
         time.sleep(LOOK_S)
     wall = time.perf_counter() - start
     if process.returncode:
         sys.exit(process.returncode)
     ended += [wall] * (num_epochs - len(ended))
     return Timed(wall, ended[0], (ended[-1] - ended[0]) / (num_epochs - 1))
+
+
+def place(pid: int, of_workers: Sequence[int], of_others: Sequence[int]) -> None:
+    """Keep a process and what it has started on these cores, thread by thread: the system knows cores of threads."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
+        root = psutil.Process(pid)
+        for each in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                cores = of_workers if " ".join(each.cmdline()).startswith(WORKER) else of_others
+                for thread in each.threads():
+                    os.sched_setaffinity(thread.id, cores)
 
 
 def median(values: Any) -> float:

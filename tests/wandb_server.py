@@ -165,16 +165,12 @@ class WandbServer:
         last = history[max(history)] if history else ""
         summaries = run.lines.get(SUMMARY, {})
         bucket = {
-            "id": variables["name"],
-            "name": variables["name"],
-            "displayName": run.fields.get("displayName"),
+            **self._facts(variables["name"]),
             "summaryMetrics": summaries[max(summaries)] if summaries else "{}",
-            "historyLineCount": len(history),
             "historyTail": json.dumps([last] if last else []),
             "eventsLineCount": 0,
             "eventsTail": "[]",
             "logLineCount": 0,
-            "config": run.fields.get("config") or "{}",
             "tags": run.fields.get("tags") or [],
             "notes": None,
             "wandbConfig": '{"t": {}}',
@@ -187,17 +183,19 @@ class WandbServer:
         run = self.run(id)
         run.fields.update({key: value for key, value in variables.items() if value is not None})
         project = {"id": "1", "name": run.fields["project"], "entity": _entity()}
-        bucket = {
+        bucket = {**self._facts(id), "description": None, "sweepName": None, "project": project}
+        return {"bucket": bucket, "inserted": not known}
+
+    def _facts(self, id: str) -> dict[str, Any]:
+        """What every answer about a run says of it."""
+        run = self.runs[id]
+        return {
             "id": id,
             "name": id,
             "displayName": run.fields.get("displayName"),
-            "description": None,
-            "config": run.fields.get("config"),
-            "sweepName": None,
-            "project": project,
+            "config": run.fields.get("config") or "{}",
             "historyLineCount": len(run.lines.get(HISTORY, {})),
         }
-        return {"bucket": bucket, "inserted": not known}
 
 
 @contextmanager

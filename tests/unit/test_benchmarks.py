@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from small_runs import SMALL, logged_epochs
@@ -195,6 +197,26 @@ def test_logical_nodes_are_taken_down_after_their_run(tmp_path: Path) -> None:
     done = run("logical_nodes.py", 1, *words, "--run.name", "a")
     assert done.returncode == 0, done.stderr
     assert logged_epochs(tmp_path / "a") == [1]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux and two cores"
+)
+def test_workers_get_the_cores_that_ray_does_not_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    scaling = importlib.import_module("scaling")
+    *shared, spare = sorted(os.sched_getaffinity(0))
+    starts = f"import subprocess; subprocess.run([{scaling.WORKER!r}, '-c', 'echo; read line'], executable='/bin/sh')"
+    command = [sys.executable, "-c", starts]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ray:
+        assert ray.stdout is not None
+        ray.stdout.readline()  # the worker is there
+        worker, *others = psutil.Process(ray.pid).children()
+        scaling.place(ray.pid, shared, [spare])
+        found = sorted(os.sched_getaffinity(worker.pid)), os.sched_getaffinity(ray.pid)
+        ray.communicate("\n")
+    assert not others
+    assert found == (shared, {spare})
 
 
 @pytest.mark.parametrize("script", ["inference.py", "time_to_accuracy.py"])
