@@ -90,7 +90,11 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(0.99, gt=0, lt=1, description="averaged weights, used by validation; none: off")
     metric: str = Field("cluster_score", description="validation score that ranks epochs; higher is better")
     patience: int | None = Field(None, ge=1, description="epochs without a better score before the end; none: all")
-    calibrate: bool = Field(True, description="choose the decoding thresholds on validation after the last epoch")
+    calibrate: bool = Field(
+        True,
+        description="after training, choose the decoding thresholds of the best and the last epoch on validation, and "
+        "which of the two is better",
+    )
 
     @field_validator("metric")
     @classmethod

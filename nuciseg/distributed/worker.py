@@ -23,7 +23,7 @@ from nuciseg.engine.loop import EpochReport, train
 from nuciseg.engine.network import Network, load_network, stride_of
 from nuciseg.engine.precision import local_device
 from nuciseg.errors import NucisegError, StoppedError, StorageAwayError
-from nuciseg.metrics import ImageScores, Scores
+from nuciseg.metrics import ImageScores, Scores, rank
 from nuciseg.plots import triptych
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
 
@@ -162,21 +162,36 @@ class _Diary:
             _draw_panel(report.network, self.data, self.tracker, epoch)
 
     def conclude(self, place: Place) -> None:
-        """Choose the thresholds of the best checkpoint where that is wanted, draw what it answers, log what is left."""
+        """Choose thresholds where that is wanted, draw what the best checkpoint answers, log what is left."""
         best, last = self.store.best, self.store.last
         assert best is not None  # training has at least one epoch
         assert last is not None
-        network, checkpoint = load_network(best, place.device)
         if self.config.train.calibrate:
-            validation = self.data.split.validation
-            target = calibrate(network, self.data.samples, validation, self.config.train.metric)
-            network, _ = load_network(best, place.device, target)
-            images = score_samples(network, self.data.samples, validation)
-            config = checkpoint.config.model_copy(update={"target": target})
-            replace_config(best, config, Scores.total(images).flat_summary())
-            self._write_images(images)
+            best = self._calibrated(dict.fromkeys((best, last)), place)
+        network, _ = load_network(best, place.device)
         _draw_panel(network, self.data, self.tracker, load_checkpoint(last).progress.epoch)
         _conclude(self.job.run_dir, best, self.tracker)
+
+    def _calibrated(self, folders: Iterable[Path], place: Place) -> Path:
+        """The best of these checkpoints, each decoded as suits it; it has its thresholds and scores from now on.
+
+        Which epoch is the best was found with the thresholds as they are configured, and a later one may want others.
+        """
+        samples, validation = self.data.samples, self.data.split.validation
+        metric = self.config.train.metric
+        found = []
+        for folder in folders:
+            network, checkpoint = load_network(folder, place.device)
+            target = calibrate(network, samples, validation, metric)
+            network, _ = load_network(folder, place.device, target)
+            images = score_samples(network, samples, validation)
+            config = checkpoint.config.model_copy(update={"target": target})
+            found.append((folder, config, images, Scores.total(images).flat_summary()))
+        best, config, images, scores = max(found, key=lambda each: rank(each[-1], metric))
+        replace_config(best, config, scores)
+        self.store.call_best(best)
+        self._write_images(images)
+        return best
 
     def _write_images(self, images: Iterable[ImageScores]) -> None:
         shapes = dict(zip(self.data.samples.ids, self.data.samples.shapes, strict=True))

@@ -216,6 +216,15 @@ class CheckpointStore:
         self.on_saved()
         return path
 
+    def call_best(self, folder: Path) -> None:
+        """Let one of these checkpoints be the best, for reasons that are known only after training."""
+        last = self.last
+        assert last is not None  # `folder` is here
+        path = last / METADATA_FILE
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata["progress"]["best_epoch"] = _progress_in(folder)["epoch"]
+        write_json(metadata, path)
+
     def adopt(self, folder: Path) -> None:
         """Go on from another run's checkpoint: it becomes the only one here. One of this run's own changes nothing."""
         handed_over = _progress_in(folder)

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from small_runs import SMALL, last_checkpoint, logged_epochs, run, small_config
+from safetensors.torch import load_file, save_file
+from small_runs import QUICK_TO_LEARN, SMALL, last_checkpoint, logged_epochs, run, small_config
 
 from nuciseg.config import load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
@@ -18,6 +20,7 @@ from nuciseg.distributed.final import train_final
 from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import FINISHED_FILE
+from nuciseg.engine.checkpoint import WEIGHTS_FILE, CheckpointStore, find_checkpoint, load_checkpoint
 from nuciseg.errors import DataError, ResourceError
 from nuciseg.report import main as report
 from nuciseg.tracking import read_identity
@@ -200,3 +203,21 @@ def test_a_winner_that_was_trained_to_the_end_is_only_calibrated(tmp_path: Path)
     assert logged_epochs(final) == [1, 2, 3]
     trained, taken = (last_checkpoint(folder).progress.history[0]["train_s"] for folder in (final, tmp_path / "trial"))
     assert trained != taken, "a schedule of other length is begun anew"
+
+
+def test_the_last_epoch_is_taken_where_it_is_better_once_both_are_calibrated(tmp_path: Path) -> None:
+    changes = {"train": {"epochs": 2, "calibrate": False}, "optim": {"lr": 0.05}}
+    trial = load_config(overrides=merged(QUICK_TO_LEARN, changes))
+    run(trial, tmp_path / "trial")
+    store = CheckpointStore(tmp_path / "trial")
+    first = store.folder / "epoch-0001"
+    store.call_best(first)
+    assert store.best == first
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in load_file(first / WEIGHTS_FILE).items()}
+    save_file(nothing, first / WEIGHTS_FILE)
+    config = trial.replaced({"train.calibrate": True})
+    final = train_final(config, Mirror(tmp_path), Mirror(tmp_path / "trial"), verbose=False).folder
+    best = find_checkpoint(final)
+    assert best.name == "epoch-0002"
+    finished = json.loads((final / FINISHED_FILE).read_text())
+    assert finished == {"checkpoint": best.name, "scores": load_checkpoint(best).scores}
