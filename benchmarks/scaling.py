@@ -50,6 +50,9 @@ LOSS_TOLERANCE = 1e-3  # sums of floats in another order
 ALIKE = ("--model.norm", "group", "--model.dropout", "0")
 PLAIN = ("--data.num_loader_threads", "0", "--train.calibrate", "false", "--tracking.kind", "none")
 
+Cores = tuple[Sequence[int], Sequence[int]]
+"""Of Ray Train's workers, and of all other processes."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -70,8 +73,8 @@ def main() -> None:
     parser.add_argument("--spare-core", action="store_true", help="torchrun: leave a core to Ray's processes (Linux)")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="only this one; may be repeated")
     args = parser.parse_args()
-    if args.spare_core and len(all_cores()) < 2:
-        parser.error("--spare-core: this machine has one core, which the workers need")
+    if args.spare_core and (not hasattr(os, "sched_setaffinity") or len(all_cores()) < 2):
+        parser.error("--spare-core needs Linux and two cores: leave it out")
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}: the first epoch has the start in it, so give 2 or more")
     busy = os.getloadavg()[0]
@@ -114,17 +117,17 @@ def measure_workers(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def measure_torchrun(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     flags = (*common(args), "--train.epochs", str(args.epochs), "--data.batch_size", "16")
     *shared, spare = all_cores()
-    of_workers, of_ray = (shared, [spare]) if args.spare_core else (all_cores(), all_cores())
+    with_ray_on, without_on = ((shared, [spare]), (shared, shared)) if args.spare_core else (None, None)
     with_ray, without = [], []
     for number in range(args.rounds):
         name = f"ray-{number}"
         words = ("--run.storage_path", str(folder), "--run.name", name, "--scale.num_workers", "2")
         command = [sys.executable, "-m", "nuciseg.train", *flags, *words]
-        with_ray.append(timed(command, folder / name / METRICS_FILE, args.epochs, of_workers, of_ray))
+        with_ray.append(timed(command, folder / name / METRICS_FILE, args.epochs, with_ray_on))
         out = folder / f"torchrun-{number}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += [str(HERE / "plain_training.py"), str(out), *flags]
-        without.append(timed(command, out / METRICS_FILE, args.epochs, of_workers, of_workers))
+        without.append(timed(command, out / METRICS_FILE, args.epochs, without_on))
         print(f"torchrun: an epoch {without[-1].epoch_s:.2f} s, with Ray {with_ray[-1].epoch_s:.2f} s", flush=True)
     pairs = list(zip(with_ray, without, strict=True))
     return {
@@ -208,11 +211,8 @@ def wall_s(command: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def timed(
-    command: Sequence[str], metrics: Path, num_epochs: int, of_workers: Sequence[int], of_others: Sequence[int]
-) -> Timed:
-    """Run `command`, which adds a line to `metrics` after each epoch, with Ray Train's workers and all else on these
-    cores."""
+def timed(command: Sequence[str], metrics: Path, num_epochs: int, cores: Cores | None) -> Timed:
+    """Run `command`, which adds a line to `metrics` after each epoch, on all cores or on these."""
     start = time.perf_counter()
     ended: list[float] = []
     placed_s = -PLACE_S
@@ -220,8 +220,8 @@ def timed(
     while process.poll() is None:
         found = len(read_metrics(metrics)) if len(ended) < num_epochs else num_epochs
         ended += [time.perf_counter() - start] * (found - len(ended))
-        if list(of_workers) != all_cores() and time.perf_counter() - placed_s >= PLACE_S:
-            place(process.pid, of_workers, of_others)
+        if cores is not None and time.perf_counter() - placed_s >= PLACE_S:
+            place(process.pid, cores)
             placed_s = time.perf_counter()
         time.sleep(LOOK_S)
     wall = time.perf_counter() - start
@@ -231,15 +231,16 @@ def timed(
     return Timed(wall, ended[0], (ended[-1] - ended[0]) / (num_epochs - 1))
 
 
-def place(pid: int, of_workers: Sequence[int], of_others: Sequence[int]) -> None:
+def place(pid: int, cores: Cores) -> None:
     """Keep a process and what it has started on these cores, thread by thread: the system knows cores of threads."""
+    of_workers, of_others = cores
     with contextlib.suppress(psutil.NoSuchProcess):  # ended by itself
         root = psutil.Process(pid)
         for each in (root, *root.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                cores = of_workers if " ".join(each.cmdline()).startswith(WORKER) else of_others
+                own = of_workers if " ".join(each.cmdline()).startswith(WORKER) else of_others
                 for thread in each.threads():
-                    os.sched_setaffinity(thread.id, cores)
+                    os.sched_setaffinity(thread.id, own)
 
 
 def median(values: Any) -> float:

@@ -212,7 +212,7 @@ def test_workers_get_the_cores_that_ray_does_not_get(monkeypatch: pytest.MonkeyP
         assert ray.stdout is not None
         ray.stdout.readline()  # the worker is there
         worker, *others = psutil.Process(ray.pid).children()
-        scaling.place(ray.pid, shared, [spare])
+        scaling.place(ray.pid, (shared, [spare]))
         found = sorted(os.sched_getaffinity(worker.pid)), os.sched_getaffinity(ray.pid)
         ray.communicate("\n")
     assert not others
