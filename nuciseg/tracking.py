@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from nuciseg.errors import ConfigError, DataError, ResourceError, writing
+from nuciseg.patience import is_away, patiently
 from nuciseg.section import Section
 from nuciseg.tracking_wandb import Mode, RunIdentity, WandbRun, configured_mode, open_run
 
@@ -69,8 +70,8 @@ class Tracker:
         if epoch not in self._epochs:
             self._epochs.add(epoch)
             row = {"epoch": epoch, **{key: _finite(value) for key, value in metrics.items() if key != "epoch"}}
-            with writing(self._path), self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            with writing(self._path):
+                _append(row, self._path)
         if self._wandb_run is not None:
             self._wandb_run.log_epoch(epoch, metrics)
 
@@ -253,6 +254,26 @@ def _write_identity(run_dir: Path, identity: RunIdentity, url: str | None) -> No
     temporary = run_dir / f"{IDENTITY_FILE}.tmp"
     temporary.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, run_dir / IDENTITY_FILE)
+
+
+def _append(row: Mapping[str, Any], path: Path) -> None:
+    line = json.dumps(row, allow_nan=False) + "\n"
+
+    def append() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def append_if_missing() -> None:
+        _drop_torn_line(path)
+        if row["epoch"] not in [written["epoch"] for written in read_metrics(path)]:
+            append()
+
+    try:
+        append()
+    except OSError as error:
+        if not is_away(error):
+            raise
+        patiently(append_if_missing)  # storage that went away may have taken the line, or a part of it
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -10,11 +10,10 @@ import logging
 import os
 import shlex
 import ssl
-import struct
 import threading
+import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nuciseg.errors import ConfigError, ResourceError
+from nuciseg.wandb_records import OVERLAY_PREFIX, logged_epochs, wandb_files
 
 Mode = Literal["online", "offline"]
 
@@ -35,8 +35,8 @@ INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
 # wandb-core does not flush when its parent is killed and its default of 15 s would lose the last 15 s of a run.
 FLUSH_INTERVAL_S = 0.5
+SETTLED_S = 2.0  # after which a row that is not in the file will never be
 MAX_TAG_LENGTH = 64
-OVERLAY_PREFIX = "overlays/"
 FORBIDDEN_IN_ID = set("/\\#?%: \t\n")
 
 log = logging.getLogger("nuciseg.tracking")
@@ -159,6 +159,8 @@ class WandbRun:
         self._run = run
         self._folder = folder
         self._warned = False
+        self._rows: dict[int, Mapping[str, float]] = {}
+        self._logged_s = time.monotonic()
         self.mode = mode
         self.url: str | None = run.url if mode == "online" else None
         earlier = [path for path in wandb_files(folder) if path != Path(run.settings.sync_file)]
@@ -195,12 +197,16 @@ class WandbRun:
     def _log_row(self, row: Mapping[str, Any]) -> None:
         self._run.log(dict(row), step=self._next_step, commit=True)
         self._next_step += 1
+        self._logged_s = time.monotonic()
 
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """One history row, unless this epoch is in the run already."""
         if epoch in self.metric_epochs:
             return
+        if self.mode == "offline" and time.monotonic() - self._logged_s > SETTLED_S:
+            self._leave_lost_file()
         self.metric_epochs.add(epoch)
+        self._rows[epoch] = metrics
         with self._guard():
             self._log_row({**metrics, "epoch": epoch})
 
@@ -215,7 +221,7 @@ class WandbRun:
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with the same keys as one table."""
-        self._leave_lost_server()
+        self._leave_what_is_lost()
         columns = list(rows[0])
         with self._guard():
             table = self._wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
@@ -223,7 +229,7 @@ class WandbRun:
 
     def log_checkpoint(self, name: str, folder: Path, aliases: Sequence[str]) -> None:
         """The files of `folder` as an artifact of type `model`. They are not copied: leave them until the upload."""
-        self._leave_lost_server()
+        self._leave_what_is_lost()
         with self._guard():
             artifact = self._wandb.Artifact(name, type="model")
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -232,15 +238,31 @@ class WandbRun:
                 )
             self._run.log_artifact(artifact, aliases=list(aliases))
 
-    def _leave_lost_server(self) -> None:
-        """Go on offline where the server does not answer any more.
+    def _leave_what_is_lost(self) -> None:
+        """Tables and checkpoints of an online run are sent or lost, and the end of the run would wait for them for a
+        quarter of an hour; in the file of an offline one they wait for `wandb sync`."""
+        if self.mode == "offline":
+            self._leave_lost_file()
+        elif not _reachable(base_url := str(self._run.settings.base_url)):
+            log.warning("W&B at %s does not answer any more: the run goes on offline in %s", base_url, self._folder)
+            self._go_on_offline()
 
-        Tables and checkpoints of an online run are sent or lost, and the end of the run would wait for them for a
-        quarter of an hour; in an offline one they wait for `wandb sync`.
-        """
-        if self.mode == "offline" or _reachable(base_url := str(self._run.settings.base_url)):
+    def _leave_lost_file(self) -> None:
+        """Go on in another file where W&B's own has not taken what was logged: after its storage was away W&B may write
+        into nothing."""
+        while missing := self._rows.keys() - logged_epochs(wandb_files(self._folder))[0]:
+            if time.monotonic() - self._logged_s > SETTLED_S:
+                break
+            time.sleep(FLUSH_INTERVAL_S / 5)
+        if not missing:
             return
-        log.warning("W&B at %s does not answer any more: the run goes on offline in %s", base_url, self._folder)
+        log.warning("W&B's file in %s lost epochs: the run goes on in another one beside it", self._folder)
+        self._go_on_offline()
+        for epoch in sorted(missing):
+            with self._guard():
+                self._log_row({**self._rows[epoch], "epoch": epoch})
+
+    def _go_on_offline(self) -> None:
         with suppress(TimeoutError):
             self._end(exit_code=0)
         self.mode = "offline"
@@ -385,57 +407,3 @@ def _settings(wandb: ModuleType, verbose: bool) -> Any:
         x_save_requirements=False,
         x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
     )
-
-
-# --- what the run's own files hold -----------------------------------------------------------------------------------
-
-
-def wandb_files(folder: Path) -> list[Path]:
-    """The `.wandb` files under `folder/wandb`, oldest first."""
-    return sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda path: path.parent.name.split("run-", 1)[1])
-
-
-def logged_epochs(paths: Sequence[Path]) -> tuple[set[int], set[int], int]:
-    """Epochs with metrics, epochs with overlays, and the next free W&B step in `.wandb` files.
-
-    The files are asked, rather than a note beside them, because after a kill only they know what reached the disk.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    metric_epochs: set[int] = set()
-    overlay_epochs: set[int] = set()
-    next_step = 0
-    for path in paths:
-        for data in _log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if not record.HasField("history"):
-                continue
-            next_step = max(next_step, record.history.step.num + 1)
-            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            if "epoch" in items:
-                has_overlays = any(key.startswith(OVERLAY_PREFIX) for key in items)
-                (overlay_epochs if has_overlays else metric_epochs).add(int(items["epoch"]))
-    return metric_epochs, overlay_epochs, next_step
-
-
-def _log_records(data: bytes) -> Iterator[bytes]:
-    """Whole records of a LevelDB log (github.com/google/leveldb, doc/log_format.md) after wandb's 7 byte header.
-
-    Blocks of 32 KiB hold chunks of crc32 (4 bytes), length (2), type (1: whole, 2 3 4: first, middle, last). Stops at
-    the first chunk that a killed writer left incomplete.
-    """
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        crc, length, kind = struct.unpack_from("<IHB", data, position)
-        chunk = data[position + 7 : position + 7 + length]
-        if kind == 0 or len(chunk) < length or zlib.crc32(chunk, zlib.crc32(bytes([kind]))) != crc:
-            return
-        position += 7 + length
-        record = chunk if kind in (1, 2) else record + chunk
-        if kind in (1, 4):
-            yield record

@@ -122,12 +122,16 @@ class PlayedCluster:
         """The driver has ended well."""
         assert driver.wait(timeout=limit_s) == 0, self.log.read_text()
 
-    def end(self) -> None:
-        """All processes of the cluster and its drivers are gone."""
+    def end_drivers(self) -> None:
+        """Nothing runs on the cluster any more: what a test that failed has left would hold its nodes."""
         for driver in self._drivers:
             if driver.poll() is None:
                 driver.kill()
                 driver.wait()
+
+    def end(self) -> None:
+        """All processes of the cluster and its drivers are gone."""
+        self.end_drivers()
         self.cut_power(*self._cluster.list_all_nodes())
 
 
@@ -190,8 +194,10 @@ def hold(run_dir: Path, step: int) -> None:
 
 
 def await_held(run_dir: Path, step: int) -> None:
-    """Until a worker waits there."""
-    wait_until(lambda: _hold(run_dir, step).with_suffix(".held").exists(), f"step {step} of {run_dir.name}")
+    """Until a worker waits there, one that is still there."""
+    held = _hold(run_dir, step).with_suffix(".held")
+    held.unlink(missing_ok=True)  # who waits makes it again
+    wait_until(held.exists, f"step {step} of {run_dir.name}")
 
 
 def release(run_dir: Path, step: int) -> None:

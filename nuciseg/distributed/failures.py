@@ -18,6 +18,7 @@ import torch
 from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
+from nuciseg.patience import is_away
 
 FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
@@ -71,8 +72,13 @@ def stopped_by_sigterm(run_dir: Path) -> Iterator[None]:
 
 
 def is_asked_to_stop(run_dir: Path) -> bool:
-    """Whether the run was asked to stop."""
-    return (run_dir / STOP_FILE).exists()
+    """Whether the run was asked to stop; not, as far as is known, where its folder's storage is away."""
+    try:
+        return (run_dir / STOP_FILE).exists()
+    except OSError as error:
+        if not is_away(error):
+            raise
+        return False
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -14,21 +14,20 @@ import contextlib
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from filelock import FileLock
 
 from nuciseg.buckets import BucketFolder, StoredFile
 from nuciseg.data.cache import default_cache_dir
 from nuciseg.data.fetching import fetch_file
-from nuciseg.engine.checkpoint import METADATA_FILE, WAITS_S, find_checkpoint
+from nuciseg.engine.checkpoint import METADATA_FILE, find_checkpoint
 from nuciseg.errors import CheckpointError, ResourceError, StorageAwayError, writing
+from nuciseg.patience import patiently
 
 COPIES = "runs"  # below the cache folder
 NUM_THREADS = 8
@@ -36,7 +35,6 @@ EXCHANGE_S = 5.0
 OF_RAY = ("ray_train/", "checkpoint_")  # what Train and Tune store in a run's folder
 _NUM_LISTINGS = 3
 
-T = TypeVar("T")
 _Stat = tuple[int, int]  # bytes, time of change in ns
 
 
@@ -80,7 +78,7 @@ class Mirror:
         """
         if self.uri is None:
             return
-        bucket = _patiently(lambda: BucketFolder(str(self.uri)))
+        bucket = patiently(lambda: BucketFolder(str(self.uri)))
         with self._index() as index:
             self._download(bucket, index, wanted)
 
@@ -88,7 +86,7 @@ class Mirror:
         """Make the bucket equal to the copy. What this returns from is saved."""
         if self.uri is None:
             return
-        bucket = _patiently(lambda: BucketFolder(str(self.uri)))
+        bucket = patiently(lambda: BucketFolder(str(self.uri)))
         with self._index() as index:
             here = self._files()
             changed = [name for name, stat in here.items() if name not in index or index[name].here != stat]
@@ -130,8 +128,8 @@ class Mirror:
         if self.uri is None:
             path = self.folder / folder
             return {each.name for each in path.iterdir()} if path.is_dir() else set()
-        bucket = _patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
-        return {file.name for file in _patiently(bucket.files)}
+        bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
+        return {file.name for file in patiently(bucket.files)}
 
     def mark(self, folder: str, name: str) -> None:
         """Make such a file."""
@@ -139,8 +137,8 @@ class Mirror:
             (self.folder / folder).mkdir(exist_ok=True)
             (self.folder / folder / name).touch()
             return
-        bucket = _patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
-        _patiently(lambda: bucket.write(name, b""))
+        bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
+        patiently(lambda: bucket.write(name, b""))
 
     def unmark(self, folder: str) -> None:
         """Remove all such files."""
@@ -150,7 +148,7 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / folder).rmdir()
             return
-        bucket = _patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
+        bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
         for name in self.marks(folder):
             bucket.delete(name)
 
@@ -159,7 +157,7 @@ class Mirror:
     def _upload(self, bucket: BucketFolder, name: str, stat: _Stat, index: dict[str, _Known]) -> None:
         path = self.folder / name
         try:
-            _patiently(lambda: bucket.upload(path, name))
+            patiently(lambda: bucket.upload(path, name))
         except ResourceError:
             if path.exists():
                 raise
@@ -167,7 +165,7 @@ class Mirror:
         index[name] = _Known(stat)
 
     def _delete(self, bucket: BucketFolder, name: str, index: dict[str, _Known]) -> None:
-        _patiently(lambda: bucket.delete(name))
+        patiently(lambda: bucket.delete(name))
         index.pop(name, None)
 
     def _download(self, bucket: BucketFolder, index: dict[str, _Known], wanted: Callable[[str], bool]) -> None:
@@ -200,7 +198,7 @@ class Mirror:
         path = self.folder / file.name
         temporary = path.with_name(f".{path.name}.fetched")
         with writing(path):
-            _patiently(lambda: fetch_file(bucket, file, temporary))
+            patiently(lambda: fetch_file(bucket, file, temporary))
             os.replace(temporary, path)
             index[file.name] = _Known(_stat(path), _as_stored(file))
 
@@ -245,7 +243,7 @@ class Mirror:
         return found
 
     def _listed(self, bucket: BucketFolder) -> dict[str, StoredFile]:
-        files = _patiently(lambda: bucket.files(below=self.below))
+        files = patiently(lambda: bucket.files(below=self.below))
         return {file.name: file for file in files if _is_ours(file.name)}
 
     @contextlib.contextmanager
@@ -355,16 +353,6 @@ def _each(names: Sequence[str], do: Callable[[str], None]) -> None:
         return
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(do, names))
-
-
-def _patiently(ask: Callable[[], T]) -> T:
-    """Ask, again and again while the storage is away; raises what the last attempt raised."""
-    for wait_s in WAITS_S:
-        try:
-            return ask()
-        except StorageAwayError:
-            time.sleep(wait_s)
-    return ask()
 
 
 def _same(index: Mapping[str, _Known], name: str, here: Mapping[str, _Stat], there: Mapping[str, StoredFile]) -> bool:

@@ -25,7 +25,7 @@ from nuciseg.distributed.training import run_training
 from nuciseg.distributed.worker import Job
 from nuciseg.engine.checkpoint import Checkpoint, CheckpointStore, load_checkpoint
 from nuciseg.tracking import METRICS_FILE, RunIdentity, read_metrics
-from nuciseg.tracking_wandb import logged_epochs, wandb_files
+from nuciseg.wandb_records import logged_epochs, wandb_files
 
 WORKER_CLASS = "RayTrainWorker"  # Ray Train's name for a worker's process
 EPOCHS = 8

@@ -24,6 +24,7 @@ from nuciseg.engine.network import Network, load_network, stride_of
 from nuciseg.engine.precision import local_device
 from nuciseg.errors import NucisegError, StoppedError, StorageAwayError
 from nuciseg.metrics import ImageScores, Scores, rank
+from nuciseg.patience import patiently
 from nuciseg.plots import triptych
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
 
@@ -247,7 +248,7 @@ def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:
 def _conclude(run_dir: Path, best: Path, tracker: Tracker) -> None:
     scores = load_checkpoint(best).scores
     images = run_dir / IMAGES_FILE
-    written = json.loads(images.read_text(encoding="utf-8")) if images.exists() else {}
+    written = patiently(lambda: json.loads(images.read_text(encoding="utf-8")) if images.exists() else {})
     if written.get("checkpoint") == best.name:  # not where the run was ended between this checkpoint and this file
         tracker.log_image_scores(written["images"])
     tracker.log_checkpoint(best)

@@ -19,9 +19,7 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from nuciseg.config import Config, DataConfig, parse_config
 from nuciseg.engine.shipped import describe_shipped, is_shipped_name, shipped_folder
 from nuciseg.errors import CheckpointError, ConfigError, ResourceError, writing
+from nuciseg.patience import error_number, is_away, patiently
 from nuciseg.types import Diameters
 
 SCHEMA_VERSION = 1
@@ -41,11 +40,6 @@ MAX_FOLDERS = 3
 METADATA_FILE = "checkpoint.json"
 WEIGHTS_FILE = "weights.safetensors"
 TRAINING_FILE = "training.safetensors"
-STORAGE_IS_AWAY = frozenset(
-    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-     errno.ENETDOWN, errno.ENETUNREACH)
-)  # fmt: skip
-WAITS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        _patiently(lambda: _write_checkpoint(checkpoint, temporary, folder))
+        patiently(lambda: _write_checkpoint(checkpoint, temporary, folder))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError(_why_not_written(error, folder)) from error
@@ -140,7 +134,7 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
     """
     metadata_path = folder / METADATA_FILE
     try:
-        metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+        metadata = _read_json(metadata_path)
         version = metadata["schema_version"]
     except OSError:
         raise CheckpointError(
@@ -192,7 +186,7 @@ def _format_in(data: DataConfig) -> str | None:
 def replace_config(folder: Path, config: Config, scores: Mapping[str, float]) -> None:
     """Put another configuration (of decoding, chosen after training) and its scores into a checkpoint."""
     path = folder / METADATA_FILE
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = _read_json(path)
     write_json({**metadata, "config": config.model_dump(mode="json"), "scores": dict(scores)}, path)
 
 
@@ -207,7 +201,7 @@ class CheckpointStore:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
         progress = checkpoint.progress
         path, best = self._path(progress.epoch, progress.batches), self._path(progress.best_epoch)
-        for abandoned in self.folder.glob(".epoch-*"):  # by a killed writer; first, or there were four folders
+        for abandoned in self._folders(".epoch-*"):  # by a killed writer; first, or there were four folders
             shutil.rmtree(abandoned, ignore_errors=True)
         before = self.last
         self._drop_all_but(before, self.best)
@@ -221,7 +215,7 @@ class CheckpointStore:
         last = self.last
         assert last is not None  # `folder` is here
         path = last / METADATA_FILE
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = _read_json(path)
         metadata["progress"]["best_epoch"] = _progress_in(folder)["epoch"]
         write_json(metadata, path)
 
@@ -252,14 +246,14 @@ class CheckpointStore:
     @property
     def last(self) -> Path | None:
         """The newest whole checkpoint, or None before the first; where none is whole the newest: loading says why."""
-        newest_first = sorted(self.folder.glob("epoch-*"), reverse=True)
+        newest_first = self._folders()[::-1]
         return next(filter(_is_whole, newest_first), newest_first[0] if newest_first else None)
 
     @property
     def damaged(self) -> list[Path]:
         """Checkpoints newer than the last whole one."""
         last = self.last
-        return [folder for folder in sorted(self.folder.glob("epoch-*")) if last is not None and folder > last]
+        return [folder for folder in self._folders() if last is not None and folder > last]
 
     @property
     def best(self) -> Path | None:
@@ -270,18 +264,23 @@ class CheckpointStore:
             return None
         try:
             best_epoch = _progress_in(last)["best_epoch"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_away(error):
+                raise
             return last  # damaged: whoever loads it says how
         if best_epoch == 0:
             return None
         path = self._path(best_epoch)
-        return path if path.exists() else last
+        return path if patiently(path.exists) else last
+
+    def _folders(self, pattern: str = "epoch-*") -> list[Path]:
+        return patiently(lambda: sorted(self.folder.glob(pattern)))
 
     def _path(self, epoch: int, batches: int = 0) -> Path:
         return self.folder / (f"epoch-{epoch:04d}" + (f"-batch-{batches:06d}" if batches else ""))
 
     def _drop_all_but(self, *kept: Path | None) -> None:
-        for folder in self.folder.glob("epoch-*"):
+        for folder in self._folders():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -321,7 +320,7 @@ def write_json(value: Any, path: Path) -> None:
         os.replace(temporary, path)
 
     try:
-        _patiently(write)
+        patiently(write)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -331,15 +330,21 @@ def write_json(value: Any, path: Path) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether all files are there in full length. (What a disk changed within them, loading finds out.)"""
     try:
-        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in metadata["file_bytes"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sizes = _read_json(folder / METADATA_FILE)["file_bytes"].items()
+        return all(patiently((folder / name).stat).st_size == size for name, size in sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if is_away(error):
+            raise  # a checkpoint that cannot be asked is not one that may be dropped
         return False
 
 
 def _progress_in(folder: Path) -> dict[str, Any]:
-    progress: dict[str, Any] = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))["progress"]
+    progress: dict[str, Any] = _read_json(folder / METADATA_FILE)["progress"]
     return progress
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
 
 
 def _how_to_name_one() -> str:
@@ -351,35 +356,16 @@ def _how_to_name_one() -> str:
 
 def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Tensor]:
     try:
-        size = path.stat().st_size
+        size = patiently(path.stat).st_size
         if expected_bytes is not None and size != expected_bytes:
             raise CheckpointError(
                 f"{path} is truncated ({size} of {expected_bytes} bytes); take the run's other one or copy it again"
             )
-        return load_file(path)
+        return patiently(lambda: load_file(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy the whole checkpoint folder") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); copy the checkpoint again") from None
-
-
-def _patiently(write: Callable[[], None]) -> None:
-    """Write, again and again while the storage seems to be away; raises what the last attempt raised."""
-    for wait_s in WAITS_S:
-        try:
-            return write()
-        except (OSError, SafetensorError) as error:
-            if _error_number(error) not in STORAGE_IS_AWAY:
-                raise
-        time.sleep(wait_s)
-    return write()
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    stated = re.search(r"\(os error (\d+)\)", str(error))  # safetensors wraps the system's error in its own text
-    return int(stated.group(1)) if stated else None
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -388,7 +374,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _why_not_written(error: Exception, folder: Path) -> str:
-    number = _error_number(error)
+    number = error_number(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         parent = next(p for p in folder.parents if p.exists())
         free_mb = shutil.disk_usage(parent).free / 1e6

@@ -42,6 +42,7 @@ PidFile none
 MaxStartups 100
 MaxSessions 100
 ClientAliveInterval 5
+Subsystem sftp internal-sftp
 """
 
 # The host's folders go over the machine's; what it shares with the machine is kept aside first, and put back read-only

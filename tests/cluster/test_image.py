@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from hosts import REPOSITORY
+from pip._internal.models.index import PyPI
 
 COMMANDS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 FREE_GB = 15  # the storage keeps every stage whole
@@ -82,11 +84,16 @@ def buildah() -> Iterator[Buildah]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pip_settings(folder: Path) -> list[str]:
-    """Mounts that give pip in a container the settings that pip has on this machine: indexes, wheels, certificates."""
+def pip_settings() -> dict[str, str]:
+    """What pip is set to on this machine, by its files and by the environment."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     settings = [line.partition("=") for line in listed.stdout.splitlines() if line.startswith(("global.", ":env:."))]
-    values = {key.rpartition(".")[2].lower(): value.strip("'\"").replace("\\n", " ") for key, _, value in settings}
+    return {key.rpartition(".")[2].lower(): value.strip("'\"").replace("\\n", " ") for key, _, value in settings}
+
+
+def mounts_of_pip_settings(folder: Path) -> list[str]:
+    """Mounts that give pip in a container the settings that pip has on this machine: indexes, wheels, certificates."""
+    values = pip_settings()
     # Where certificates lie the image's own package puts some, and fails where they are a mount.
     certificates = values.pop("cert", None)
     mounts = {"/etc/pip.conf": folder / "pip.conf"}
@@ -104,12 +111,24 @@ def pip_settings(folder: Path) -> list[str]:
     return [f"--volume={path}:{there}:ro" for there, path in mounts.items()]
 
 
+def index_of_cpu_wheels() -> str:
+    """Where pip finds PyTorch without CUDA: TORCH_INDEX_URL, or pip's own index where its settings lead there."""
+    if given := os.environ.get("TORCH_INDEX_URL"):
+        return given
+    pins = (REPOSITORY / "scripts/image-constraints.txt").read_text(encoding="utf-8").splitlines()
+    [torch] = [pin for pin in pins if pin.startswith("torch==")]
+    ask = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", torch]
+    asked = subprocess.run([sys.executable, "-m", "pip", *ask], capture_output=True, text=True)
+    found = json.loads(asked.stdout)["install"][0]["metadata"]["version"] if asked.returncode == 0 else asked.stderr
+    if "+cpu" not in found:
+        pytest.skip(f"set TORCH_INDEX_URL to the index of PyTorch's CPU wheels; pip by itself finds {found}")
+    return pip_settings().get("index-url", PyPI.simple_url)
+
+
 def test_image_is_built_and_searches(buildah: Buildah) -> None:
     policy = ["--signature-policy", buildah.folder / "policy.json"]
-    chroot = ["--isolation", "chroot", *pip_settings(buildah.folder)]
-    url = os.environ.get("TORCH_INDEX_URL")
-    if not url:
-        pytest.skip("set TORCH_INDEX_URL to the index of PyTorch's CPU wheels")
+    chroot = ["--isolation", "chroot", *mounts_of_pip_settings(buildah.folder)]
+    url = index_of_cpu_wheels()
     arguments = [f"--build-arg={each}" for each in ("BASE=localhost/base", "COMPUTE=cpu", f"TORCH_INDEX_URL={url}")]
     buildah("bud", "--pull-never", *policy, *chroot, *arguments, "--tag", "nuciseg", REPOSITORY, timeout_s=1000)
 

@@ -59,6 +59,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlayedCluster]
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def _nothing_runs_on(cluster: PlayedCluster) -> Iterator[None]:
+    yield
+    cluster.end_drivers()
+
+
 def write_settings(folder: Path, name: str, **more: Any) -> Config:
     """`NAME.yaml` of a run or search whose folder is `runs/NAME`."""
     here = {"run": {"storage_path": str(folder / "runs"), "name": name}}
@@ -107,7 +113,9 @@ def test_an_elastic_run_shrinks_and_grows(cluster: PlayedCluster, undisturbed: P
     kept, *lost = cluster.have_nodes(3)
     first, second = STEPS + 2, 3 * STEPS + 2
     driver, run_dir = start_held(cluster, "elastic", first, scale={"num_workers": {"min": 1, "max": 3}})
-    assert all(map(has_worker, (kept, *lost)))
+    # Where Ray had counted its nodes before the third one joined, the run starts with two workers and grows.
+    wait_until(lambda: all(map(has_worker, (kept, *lost))), "three workers")
+    await_held(run_dir, first)
     hold(run_dir, second)
     cut_s = cluster.cut_power(*lost)
     release(run_dir, first)
@@ -144,7 +152,8 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint(cluster: PlayedCluster, undist
     release(run_dir, in_mid_epoch)
     await_held(run_dir, later)
     after = {path.name for path in store.folder.iterdir()}
-    assert (before, after) == ({"epoch-0001"}, {"epoch-0001-batch-000002", "epoch-0002"})
+    assert "epoch-0001-batch-000002" not in before
+    assert {"epoch-0001-batch-000002", "epoch-0002"} <= after
     wait_until(lambda: has_worker(spare), "a worker on the spare")
     release(run_dir, later)
     show_seconds("drained, from the notice to the next epoch elsewhere", seconds_until_epoch(run_dir, 3, drained_s))
@@ -190,28 +199,27 @@ def trial_dirs(search_dir: Path, *, finished: bool) -> list[Path]:
     return [run_dir for run_dir in begun if (run_dir / FINISHED_FILE).exists() == finished]
 
 
-def test_a_search_outlives_its_head_node(tmp_path: Path) -> None:
+def test_a_search_outlives_its_head_node(cluster: PlayedCluster) -> None:
     rates = [0.01, 0.02, 0.03]
-    config = write_search(tmp_path, "search", rates, epochs=4)
-    search_dir = tmp_path / "runs" / "search"
-    with played_cluster(tmp_path) as cluster:
-        cluster.add_node()
-        driver = cluster.drive("tune", "--config", "search.yaml", step_s=0.3)
-        wait_until(
-            lambda: bool(trial_dirs(search_dir, finished=True) and trial_dirs(search_dir, finished=False)),
-            "a finished and a running trial",
-        )
-        kept = {run_dir: (run_dir / "metrics.jsonl").stat() for run_dir in trial_dirs(search_dir, finished=True)}
-        (running,) = trial_dirs(search_dir, finished=False)
-        next_epoch = max(logged_epochs(running)) + 1
-        cut_s = cluster.lose_head(driver)
-        cluster.add_node()
-        driver = cluster.drive("tune", "--resume", search_dir)
-        show_seconds("head lost, from the cut to the next epoch", seconds_until_epoch(running, next_epoch, cut_s))
-        cluster.await_end(driver)
+    config = write_search(cluster.folder, "headless", rates, epochs=4)
+    search_dir = cluster.folder / "runs" / "headless"
+    cluster.have_nodes(1)
+    driver = cluster.drive("tune", "--config", "headless.yaml", step_s=0.3)
+    wait_until(
+        lambda: bool(trial_dirs(search_dir, finished=True) and trial_dirs(search_dir, finished=False)),
+        "a finished and a running trial",
+    )
+    kept = {run_dir: (run_dir / "metrics.jsonl").stat() for run_dir in trial_dirs(search_dir, finished=True)}
+    (running,) = trial_dirs(search_dir, finished=False)
+    next_epoch = max(logged_epochs(running)) + 1
+    cut_s = cluster.lose_head(driver)
+    cluster.have_nodes(1)
+    driver = cluster.drive("tune", "--resume", search_dir)
+    show_seconds("head lost, from the cut to the next epoch", seconds_until_epoch(running, next_epoch, cut_s))
+    cluster.await_end(driver)
     for run_dir, before in kept.items():
         assert (run_dir / "metrics.jsonl").stat() == before, "a finished trial was trained again"
-    assert_calm_results(config, rates, tmp_path / "calm")
+    assert_calm_results(config, rates, cluster.folder / "calm-headless")
 
 
 @pytest.mark.timeout(1500)
@@ -248,23 +256,22 @@ def test_a_node_that_joins_without_the_folder_ends_what_runs_in_one_sentence(
     cluster.await_end(cluster.drive(verb, "--resume", str(run_dir)))
 
 
-def test_a_search_ends_as_a_calm_one_while_nodes_die_one_after_the_other(tmp_path: Path) -> None:
+def test_a_search_ends_as_a_calm_one_while_nodes_die_one_after_the_other(cluster: PlayedCluster) -> None:
     """Eight trials on three nodes; every 20 s for three minutes a node dies, and another one comes up."""
     rates = [0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05]
-    config = write_search(tmp_path, "search", rates, epochs=24)
-    with played_cluster(tmp_path) as cluster:
-        cluster.have_nodes(3)
-        driver = cluster.drive("tune", "--config", "search.yaml", step_s=0.4)  # 40 s a trial at least
-        wait_until(lambda: bool(trial_dirs(tmp_path / "runs" / "search", finished=False)), "a trial")
-        num_cut = 0
-        until_s = time.monotonic() + 180
-        while time.monotonic() < until_s and driver.poll() is None:
-            next_s = time.monotonic() + 20
-            cluster.cut_power(cluster.have_nodes(3)[0])
-            num_cut += 1
-            cluster.add_node()
-            time.sleep(max(0.0, next_s - time.monotonic()))
-        print(f"nodes that were cut: {num_cut}")
-        cluster.await_end(driver, limit_s=900)
+    config = write_search(cluster.folder, "chaos", rates, epochs=24)
+    cluster.have_nodes(3)
+    driver = cluster.drive("tune", "--config", "chaos.yaml", step_s=0.4)  # 40 s a trial at least
+    wait_until(lambda: bool(trial_dirs(cluster.folder / "runs" / "chaos", finished=False)), "a trial")
+    num_cut = 0
+    until_s = time.monotonic() + 180
+    while time.monotonic() < until_s and driver.poll() is None:
+        next_s = time.monotonic() + 20
+        cluster.cut_power(cluster.have_nodes(3)[0])
+        num_cut += 1
+        cluster.add_node()
+        time.sleep(max(0.0, next_s - time.monotonic()))
+    print(f"nodes that were cut: {num_cut}")
+    cluster.await_end(driver, limit_s=900)
     assert num_cut >= 5
-    assert_calm_results(config, rates, tmp_path / "calm")
+    assert_calm_results(config, rates, cluster.folder / "calm-chaos")

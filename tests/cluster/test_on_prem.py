@@ -51,8 +51,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
     shared.mkdir()
     with Lan(folder / "lan", shared=[shared]) as lan:
         login = ["export RAY_AUTH_MODE=token RAY_UP_enable_autoscaler_v2=0 RAY_USAGE_STATS_ENABLED=0"]
+        # A node whose head is gone gives up after 15 s, not 60: the last test waits for it.
+        login_of_nodes = ["export RAY_gcs_rpc_server_reconnect_timeout_s=15"]
         laptop = lan.add("laptop", 1, has_key=True, login=login)
-        nodes = [lan.add(name, number) for number, name in enumerate(("head", "one", "two"), start=2)]
+        nodes = [
+            lan.add(name, number, login=login_of_nodes) for number, name in enumerate(("head", "one", "two"), start=2)
+        ]
         (laptop.home / "on-prem.yaml").write_text(filled_in(nodes))
         laptop.run(
             "umask 077 && ray get-auth-token --generate > /dev/null && touch ~/.ray/wandb_netrc"
@@ -147,5 +151,4 @@ def test_down_leaves_no_process(cluster: OnPrem) -> None:
     def left() -> str:
         return "\n".join(f"{node.name}: {line[:120]}" for node in cluster.nodes for line in node.processes())
 
-    # A raylet whose head is gone gives up after a minute.
     wait_for(lambda: not left(), "the end of Ray on all hosts", 150, told=lambda: f"{said}\n{left()}")

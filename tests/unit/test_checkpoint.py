@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nuciseg import patience
 from nuciseg.config import Config
 from nuciseg.engine import checkpoint as module
 from nuciseg.engine.checkpoint import (
@@ -308,7 +309,7 @@ def test_storage_that_is_away_is_waited_for(times: int, tmp_path: Path, monkeypa
         replace_name(source, target)
 
     monkeypatch.setattr(os, "replace", away_at_first)
-    monkeypatch.setattr(module, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0, 0.0))
     path = CheckpointStore(tmp_path).save(make_checkpoint())
     assert_same(load_checkpoint(path, training=True), make_checkpoint())
     left[0] = times

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from s3_server import demand_permission, make_bucket, put, serving_s3, use_server
 
-from nuciseg import buckets
+from nuciseg import buckets, patience
 from nuciseg.buckets import BucketFolder
 from nuciseg.distributed import mirror as module
 from nuciseg.distributed.mirror import Mirror, fetched_to_read, opened, working_copy
@@ -183,13 +183,13 @@ def test_storage_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.
         write(mirror.folder, {"config.yaml": "c"})
         mirror.push()
     write(mirror.folder, CHECKPOINT)
-    monkeypatch.setattr(module, "WAITS_S", (0.0,))
+    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
     with pytest.raises(StorageAwayError, match=rf"^{uri}\S*: the storage cannot be reached \(.*check the network"):
         mirror.push()
-    monkeypatch.setattr(module, "WAITS_S", (1.0,))
+    monkeypatch.setattr(patience, "WAITS_S", (1.0,))
     with contextlib.ExitStack() as again:
         back = partial(again.enter_context, serving_s3(int(address.rsplit(":", 1)[-1])))
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: back())
+        monkeypatch.setattr(patience.time, "sleep", lambda seconds: back())
         mirror.push()
         assert stored(uri) == {**CHECKPOINT, "config.yaml": "c"}
 
