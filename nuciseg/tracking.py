@@ -166,9 +166,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError for any other line that is no JSON object with an `epoch`.
     """
-    if not path.exists():
-        return []
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    text = patiently(lambda: path.read_text(encoding="utf-8", errors="replace") if path.exists() else "")
+    *lines, _torn = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -257,6 +257,9 @@ class WandbRun:
         if not missing:
             return
         log.warning("W&B's file in %s lost epochs: the run goes on in another one beside it", self._folder)
+        for handler in logging.getLogger("wandb").handlers:
+            with suppress(OSError):  # its file may be lost, too; it is opened again by the next line
+                handler.close()
         self._go_on_offline()
         for epoch in sorted(missing):
             with self._guard():

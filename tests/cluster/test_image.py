@@ -18,7 +18,7 @@ from hosts import REPOSITORY
 from pip._internal.models.index import PyPI
 
 COMMANDS = {"buildah": "buildah", "debootstrap": "debootstrap"}
-FREE_GB = 15  # the storage keeps every stage whole
+FREE_GB = 15  # where every layer is kept whole
 
 
 def why_no_build() -> str | None:
@@ -44,9 +44,10 @@ class Buildah:
     """buildah with all that it keeps in one folder."""
 
     folder: Path
+    driver: str
 
     def __call__(self, *words: str | Path, timeout_s: float) -> str:
-        store = ["--root", self.folder / "root", "--runroot", self.folder / "run", "--storage-driver", "vfs"]
+        store = ["--root", self.folder / "root", "--runroot", self.folder / "run", "--storage-driver", self.driver]
         done = subprocess.run(
             ["buildah", *store, *words],
             stdin=subprocess.DEVNULL,
@@ -60,13 +61,24 @@ class Buildah:
         return done.stdout.strip()
 
 
+def can_lay_over(folder: Path) -> bool:
+    """Whether layers may lie one over the other there; else each is a copy of all below it."""
+    layers = [folder / name for name in ("lower", "upper", "work", "merged")]
+    for layer in layers:
+        layer.mkdir()
+    lower, upper, work, merged = map(str, layers)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    mount = ["unshare", "--mount", "mount", "-t", "overlay", "overlay", "-o", options, merged]
+    return subprocess.run(mount, capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def buildah() -> Iterator[Buildah]:
     """buildah that knows one image, `base`: the smallest Debian that the Dockerfile's own base comes from."""
     folder = Path("/var/tmp") / f"nuciseg-image-{os.getpid()}"  # not in memory, as /tmp may be
     folder.mkdir()
     try:
-        build = Buildah(folder)
+        build = Buildah(folder, "overlay" if can_lay_over(folder) else "vfs")
         made = subprocess.run(
             ["debootstrap", "--variant=minbase", "bookworm", folder / "base"], capture_output=True, text=True
         )

@@ -1,13 +1,11 @@
-"""What disturbs a run without ending it: a worker that is slow, a clock that is moved."""
+"""What disturbs a run without ending it: a worker that is slow."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from gloo_workers import on_workers
 from small_runs import assert_same_run, last_checkpoint, run, small_config
 
@@ -38,18 +36,3 @@ def test_a_slow_worker_changes_nothing_but_the_rate_that_is_reported(tmp_path: P
     most_images_per_s = config.data.batch_size / SLOWER_S
     last = {name: last_checkpoint(tmp_path / name).progress.history[-1] for name in ("undisturbed", "slow")}
     assert last["slow"]["images_per_s"] <= most_images_per_s < last["undisturbed"]["images_per_s"]
-
-
-def test_a_clock_that_is_moved_by_an_hour_changes_neither_the_run_nor_its_durations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That of this process, at each look: whatever was timed by it would be an hour longer, or less than nothing."""
-    config = small_config()
-    run(config, tmp_path / "undisturbed")
-    real_time, hours = time.time, itertools.cycle((0, 1, 0, -1))
-    monkeypatch.setattr(time, "time", lambda: real_time() + 3600 * next(hours))
-    run(config, tmp_path / "moved")
-    assert_same_run(tmp_path / "moved", tmp_path / "undisturbed")
-    for row in last_checkpoint(tmp_path / "moved").progress.history:
-        assert 0 <= row["train_s"] < 600
-        assert 0 <= row["validation_s"] < 600

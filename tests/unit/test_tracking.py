@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,15 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import wait_until
 from wandb_offline import OfflineRun, read_offline_runs
 from wandb_server import KEY
 
+from nuciseg import patience, tracking_wandb
 from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.tracking import (
     RunIdentity,
@@ -277,6 +281,47 @@ def test_training_goes_on_when_pictures_cannot_be_written(tmp_path: Path) -> Non
     result = _run_loop(tmp_path / "run", 1, 2, "no-pictures", "offline")
     assert "went on to the end" in result.stdout, result.stderr
     assert result.stderr.count("W&B failed") == 1
+
+
+def test_a_file_that_takes_no_more_rows_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the storage was away: what W&B writes into the file that it holds open arrives nowhere."""
+    monkeypatch.setattr(tracking_wandb, "SETTLED_S", 1.0)
+    tracker = open_tracker(TrackingConfig(kind="offline"), IDENTITY, tmp_path, {})
+    tracker.log_epoch(1, {"loss": 1.0})
+    wait_until(lambda: read_offline_runs(tmp_path)[0].epochs == [1], "the first epoch in the file")
+    (held,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    held.rename(held.with_suffix(".held"))
+    shutil.copy(held.with_suffix(".held"), held)
+    tracker.log_epoch(2, {"loss": 0.5})
+    time.sleep(1.1)
+    tracker.log_epoch(3, {"loss": 0.3})
+    tracker.log_image_scores([{"id": "a", "iou": 0.5}])
+    tracker.finish(0)
+    first, second = read_offline_runs(tmp_path)
+    assert (first.epochs, second.epochs) == ([1], [2, 3])
+    assert first.run["id"] == second.run["id"]
+    assert any("image_scores" in row for row in second.history)
+
+
+def test_an_epoch_is_written_once_where_the_storage_went_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written arrived, or a part of it, though the storage did not say so."""
+    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0))
+    open_file, answers = Path.open, [60, 10, 0]
+
+    def losing(path: Path, mode: str = "r", *args: Any, **named: Any) -> Any:
+        if mode == "a" and path.name == "metrics.jsonl" and answers:
+            written = answers.pop()
+            with open_file(path, mode, *args, **named) as file:
+                file.write('{"epoch": 2, "loss": 0.5, "as it was": true}\n'[:written])
+            raise OSError(errno.EIO, "Input/output error")
+        return open_file(path, mode, *args, **named)
+
+    tracker = open_tracker(TrackingConfig(kind="none"), IDENTITY, tmp_path, {})
+    tracker.log_epoch(1, {"loss": 1.0})
+    monkeypatch.setattr(Path, "open", losing)
+    tracker.log_epoch(2, {"loss": 0.5})
+    assert not answers
+    assert [row["epoch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_full_disk_is_told_where_figures_are_written(tmp_path: Path) -> None:
