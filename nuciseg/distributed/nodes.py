@@ -27,6 +27,13 @@ class Result(Generic[T]):
     failure: str | None = None
 
 
+def node_must_go() -> bool:
+    """Whether the node of this process, a worker of Ray's, has to go, as far as Ray was told."""
+    from ray._private.state import state  # where Ray Train asks for its own workers
+
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+
+
 def on_every_node(
     function: Callable[..., T],
     *arguments: Any,

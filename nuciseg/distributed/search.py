@@ -36,6 +36,7 @@ from nuciseg.distributed.limits import (
 )
 from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.newcomers import Newcomers
+from nuciseg.distributed.nodes import node_must_go
 from nuciseg.distributed.progress import SearchProgress
 from nuciseg.distributed.runs import HANDED_OVER
 from nuciseg.distributed.space import build_space, configure
@@ -231,7 +232,7 @@ def _run_alone(job: Job, plan: Plan) -> None:
         tune.report(reported(epoch, job), checkpoint=checkpoint)
         reports += 1
 
-    run_worker(job, Place(device=get_device() if plan.need.gpus else torch.device("cpu")), report)
+    run_worker(job, Place(device=get_device() if plan.need.gpus else torch.device("cpu")), report, node_must_go)
     if not reports:  # it had ended when the driver was killed, which may not have heard its last report
         tune.report(_last_report(job))
 

@@ -29,6 +29,11 @@ pytestmark = [
 
 CLUSTER = f"{HOME}/cluster.yaml"
 PLAYED_AWS = f"python {Path(__file__).with_name('played_aws.py')}"
+METADATA = f"python {Path(__file__).parents[1] / 'metadata_service.py'}"
+NUM_DRAINING = (
+    'import ray; ray.init(address="auto", logging_level="ERROR"); '
+    "from ray._private.state import state; print(len(state.get_draining_nodes()))"
+)
 LOGIN = [
     f"export AWS_ENDPOINT_URL=http://{NETWORK}.1:5000 AWS_DEFAULT_REGION=us-west-2",
     "export AWS_ACCESS_KEY_ID=none AWS_SECRET_ACCESS_KEY=none",
@@ -63,6 +68,17 @@ class Aws:
         """AWS takes a machine back: it is gone from its list, and without power."""
         self.hosts[machine["address"]].power_off()
         self.laptop.run(f"{PLAYED_AWS} lose {machine['id']}", timeout_s=120)
+
+    def announce(self, machine: dict[str, Any], seconds: int) -> None:
+        """The machine's own metadata service says that AWS will take it back."""
+        host = self.hosts[machine["address"]]
+        host.start(f"{METADATA} {seconds}", host.folder / "metadata.log")
+
+    def num_draining(self) -> int:
+        """How many machines have to go, as the head knows."""
+        [head] = self.machines("head")
+        said = self.hosts[head["address"]].run(f"python -c '{NUM_DRAINING}'", timeout_s=120).stdout
+        return int(said.splitlines()[-1])
 
     @staticmethod
     def _has_ray(host: Host) -> bool:
@@ -135,6 +151,8 @@ def test_search_survives_the_loss_of_a_spot_machine(cluster: Aws) -> None:
 
     wait_for(lambda: len(begun()) >= NUM_WORKERS, "trials on all spot machines", 400, told=printed)
     lost, kept = cluster.machines("gpu_spot")
+    cluster.announce(lost, seconds=120)
+    wait_for(lambda: cluster.num_draining() == 1, "Ray's having heard of it", 60, told=printed)
     cluster.lose(lost)
 
     def replaced() -> bool:
