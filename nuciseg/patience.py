@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from nuciseg.errors import StorageAwayError
@@ -32,6 +34,17 @@ def patiently(do: Callable[[], T]) -> T:
                 raise
         time.sleep(wait_s)
     return do()
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, in the order of the names; nothing where there is no such folder.
+
+    `Path.glob` takes a folder that does not answer for an empty one, from Python 3.12 on.
+    """
+    try:
+        return sorted(patiently(lambda: os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def is_away(error: BaseException) -> bool:

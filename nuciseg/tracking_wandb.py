@@ -159,7 +159,8 @@ class WandbRun:
         self._run = run
         self._folder = folder
         self._warned = False
-        self._rows: dict[int, Mapping[str, float]] = {}
+        self._rows: dict[int, Mapping[str, float]] = {}  # what this process logged
+        self._has_given_up = False
         self._logged_s = time.monotonic()
         self.mode = mode
         self.url: str | None = run.url if mode == "online" else None
@@ -181,13 +182,13 @@ class WandbRun:
             self._run.define_metric("*", step_metric="epoch")
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _guard(self, *, ending: bool = False) -> Iterator[None]:
         try:
             with _wandb_files_in(self._folder):
                 yield
-        except TimeoutError:
-            raise  # who ends the run says what to do then
         except failures(self._wandb) as error:
+            if ending and isinstance(error, TimeoutError):
+                raise  # who ends the run says what to do then
             if not self._warned:
                 self._warned = True
                 log.warning(
@@ -206,9 +207,9 @@ class WandbRun:
         if self.mode == "offline" and time.monotonic() - self._logged_s > SETTLED_S:
             self._leave_lost_file()
         self.metric_epochs.add(epoch)
-        self._rows[epoch] = metrics
         with self._guard():
             self._log_row({**metrics, "epoch": epoch})
+            self._rows[epoch] = metrics
 
     def log_overlays(self, epoch: int, overlays: Mapping[str, NDArray[np.uint8]]) -> None:
         """One picture a key, so that each image has its own panel with an epoch slider."""
@@ -250,27 +251,34 @@ class WandbRun:
     def _leave_lost_file(self) -> None:
         """Go on in another file where W&B's own has not taken what was logged: after its storage was away W&B may write
         into nothing."""
-        while missing := self._rows.keys() - logged_epochs(wandb_files(self._folder))[0]:
-            if time.monotonic() - self._logged_s > SETTLED_S:
-                break
-            time.sleep(FLUSH_INTERVAL_S / 5)
-        if not missing:
-            return
+        with self._guard():
+            while not self._has_given_up and self._missing_epochs():
+                if time.monotonic() - self._logged_s > SETTLED_S:
+                    self._change_file()
+                    return
+                time.sleep(FLUSH_INTERVAL_S / 5)
+
+    def _missing_epochs(self) -> set[int]:
+        return self._rows.keys() - logged_epochs(wandb_files(self._folder))[0]
+
+    def _change_file(self) -> None:
         log.warning("W&B's file in %s lost epochs: the run goes on in another one beside it", self._folder)
         for handler in logging.getLogger("wandb").handlers:
             with suppress(OSError):  # its file may be lost, too; it is opened again by the next line
                 handler.close()
         self._go_on_offline()
-        for epoch in sorted(missing):
-            with self._guard():
-                self._log_row({**self._rows[epoch], "epoch": epoch})
+        for epoch in sorted(self._missing_epochs()):  # what W&B was only slow to write stands there by now
+            self._log_row({**self._rows[epoch], "epoch": epoch})
 
     def _go_on_offline(self) -> None:
+        """Ends what was begun, and begins anew; where that fails too, this is the end of W&B in this process."""
         with suppress(TimeoutError):
             self._end(exit_code=0)
         self.mode = "offline"
+        self._has_given_up = True
         with self._guard():
             self._run = self._start("offline")
+            self._has_given_up = False
         self._use_epochs_as_axis()
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -292,7 +300,7 @@ class WandbRun:
     def _end(self, exit_code: int) -> None:
         """Raises TimeoutError after FINISH_TIMEOUT_S."""
         try:
-            with self._guard():
+            with self._guard(ending=True):
                 self._run.finish(exit_code=exit_code)
         finally:
             # `finish` returns before the last rows are on disk and the id is free; the service's end waits for both.

@@ -7,15 +7,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nuciseg.patience import patiently
+from nuciseg.patience import names_in, patiently
 
 OVERLAY_PREFIX = "overlays/"
 
 
 def wandb_files(folder: Path) -> list[Path]:
     """The `.wandb` files under `folder/wandb`, oldest first."""
-    found = patiently(lambda: list(folder.glob("wandb/*run-*/run-*.wandb")))
-    return sorted(found, key=lambda path: path.parent.name.split("run-", 1)[1])
+    legs = [folder / "wandb" / name for name in names_in(folder / "wandb") if "run-" in name]
+    legs.sort(key=lambda leg: leg.name.split("run-", 1)[1])
+    return [leg / name for leg in legs for name in names_in(leg) if name.startswith("run-") and name.endswith(".wandb")]
 
 
 def logged_epochs(paths: Sequence[Path]) -> tuple[set[int], set[int], int]:

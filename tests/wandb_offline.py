@@ -50,6 +50,14 @@ def read_offline_runs(folder: Path) -> list[OfflineRun]:
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
 
 
+def assert_one_wandb_run(run_dir: Path) -> None:
+    """However often it was killed: one W&B run, in which each epoch of `metrics.jsonl` stands once."""
+    legs = read_offline_runs(run_dir)
+    assert len({leg.run["id"] for leg in legs}) == 1
+    epochs = sorted(epoch for leg in legs for epoch in leg.epochs)
+    assert epochs == [row["epoch"] for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
+
+
 def _read(path: Path) -> OfflineRun:
     result = OfflineRun(path)
     for data in _records(path.read_bytes()):

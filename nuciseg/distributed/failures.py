@@ -18,7 +18,7 @@ import torch
 from nuciseg import errors
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
-from nuciseg.patience import is_away
+from nuciseg.patience import is_away, patiently
 
 FAILURE_FILE = "failure.json"
 _SMALLER_PARTS_FILE = "smaller_parts.json"
@@ -38,7 +38,7 @@ def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> N
 def noted_failure(run_dir: Path) -> NucisegError | None:
     """The reason why the run ended, or None."""
     try:
-        note = json.loads((run_dir / FAILURE_FILE).read_text(encoding="utf-8"))
+        note = json.loads(patiently(lambda: (run_dir / FAILURE_FILE).read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
     kind: type[NucisegError] = getattr(errors, note["kind"])
@@ -47,7 +47,7 @@ def noted_failure(run_dir: Path) -> NucisegError | None:
 
 def batch_parts_factor(run_dir: Path) -> int:
     """2 after memory ran out once, else 1: what `train.accumulate` is multiplied by."""
-    return 2 if (run_dir / _SMALLER_PARTS_FILE).exists() else 1
+    return 2 if patiently((run_dir / _SMALLER_PARTS_FILE).exists) else 1
 
 
 def forget_failure(run_dir: Path) -> None:
@@ -58,7 +58,7 @@ def forget_failure(run_dir: Path) -> None:
 
 def ask_to_stop(run_dir: Path) -> None:
     """Ask a run, on whatever machines its workers are, to stop after the step that they are in."""
-    (run_dir / STOP_FILE).touch()
+    patiently((run_dir / STOP_FILE).touch)
 
 
 @contextlib.contextmanager

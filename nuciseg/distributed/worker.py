@@ -66,7 +66,7 @@ def run_worker(
     failure = noted_failure(job.run_dir)
     if failure is not None:
         raise failure
-    if (job.run_dir / FINISHED_FILE).exists():
+    if patiently((job.run_dir / FINISHED_FILE).exists):
         return
     parts_factor = batch_parts_factor(job.run_dir)
     try:

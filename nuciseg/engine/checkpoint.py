@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from nuciseg.config import Config, DataConfig, parse_config
 from nuciseg.engine.shipped import describe_shipped, is_shipped_name, shipped_folder
-from nuciseg.errors import CheckpointError, ConfigError, ResourceError, writing
-from nuciseg.patience import error_number, is_away, patiently
+from nuciseg.errors import CheckpointError, ConfigError, ResourceError, StorageAwayError, writing
+from nuciseg.patience import error_number, is_away, names_in, patiently
 from nuciseg.types import Diameters
 
 SCHEMA_VERSION = 1
@@ -95,7 +95,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _write_checkpoint(checkpoint: Checkpoint, temporary: Path, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir(parents=True, exist_ok=True)  # there is what an attempt left while the storage went away
     files = {WEIGHTS_FILE: checkpoint.weights}
     if checkpoint.training:
         files[TRAINING_FILE] = checkpoint.training
@@ -136,7 +136,9 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
     try:
         metadata = _read_json(metadata_path)
         version = metadata["schema_version"]
-    except OSError:
+    except OSError as error:
+        if is_away(error):
+            raise _unreadable(folder, error) from error
         raise CheckpointError(
             f"{folder} is not a checkpoint (it has no {METADATA_FILE}); {_how_to_name_one()}"
         ) from None
@@ -201,7 +203,7 @@ class CheckpointStore:
         """Keep `checkpoint` as the last one (and the best, where its progress says so); drop what is neither."""
         progress = checkpoint.progress
         path, best = self._path(progress.epoch, progress.batches), self._path(progress.best_epoch)
-        for abandoned in self._folders(".epoch-*"):  # by a killed writer; first, or there were four folders
+        for abandoned in self._folders(".epoch-"):  # by a killed writer; first, or there were four folders
             shutil.rmtree(abandoned, ignore_errors=True)
         before = self.last
         self._drop_all_but(before, self.best)
@@ -230,7 +232,7 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         with writing(path):
             shutil.copytree(folder, temporary)
-            for other in self.folder.glob("epoch-*"):
+            for other in self._folders():
                 shutil.rmtree(other)
             os.replace(temporary, path)
 
@@ -266,15 +268,18 @@ class CheckpointStore:
             best_epoch = _progress_in(last)["best_epoch"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             if is_away(error):
-                raise
+                raise _unreadable(last, error) from error
             return last  # damaged: whoever loads it says how
         if best_epoch == 0:
             return None
         path = self._path(best_epoch)
         return path if patiently(path.exists) else last
 
-    def _folders(self, pattern: str = "epoch-*") -> list[Path]:
-        return patiently(lambda: sorted(self.folder.glob(pattern)))
+    def _folders(self, prefix: str = "epoch-") -> list[Path]:
+        try:
+            return [self.folder / name for name in names_in(self.folder) if name.startswith(prefix)]
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
 
     def _path(self, epoch: int, batches: int = 0) -> Path:
         return self.folder / (f"epoch-{epoch:04d}" + (f"-batch-{batches:06d}" if batches else ""))
@@ -333,14 +338,22 @@ def _is_whole(folder: Path) -> bool:
         sizes = _read_json(folder / METADATA_FILE)["file_bytes"].items()
         return all(patiently((folder / name).stat).st_size == size for name, size in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if is_away(error):
-            raise  # a checkpoint that cannot be asked is not one that may be dropped
+        if is_away(error):  # a checkpoint that cannot be asked is not one that may be dropped
+            raise _unreadable(folder, error) from error
         return False
 
 
 def _progress_in(folder: Path) -> dict[str, Any]:
     progress: dict[str, Any] = _read_json(folder / METADATA_FILE)["progress"]
     return progress
+
+
+def _unreadable(path: Path, error: Exception) -> StorageAwayError:
+    reason = getattr(error, "strerror", None) or error
+    return StorageAwayError(
+        f"{path} cannot be read ({reason}); when its storage answers again, go on with --resume; where this alone is "
+        "damaged, move it away before"
+    )
 
 
 def _read_json(path: Path) -> Any:
@@ -361,7 +374,8 @@ def _load_tensors(path: Path, expected_bytes: int | None) -> dict[str, torch.Ten
             raise CheckpointError(
                 f"{path} is truncated ({size} of {expected_bytes} bytes); take the run's other one or copy it again"
             )
-        return patiently(lambda: load_file(path))
+        # Not mapped into memory: a page that the storage cannot bring then ends the process, and no error tells.
+        return load(patiently(path.read_bytes))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy the whole checkpoint folder") from None
     except SafetensorError as error:

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import pytest
 from hosts import REPOSITORY
-from pip._internal.models.index import PyPI
 
 COMMANDS = {"buildah": "buildah", "debootstrap": "debootstrap"}
 FREE_GB = 15  # where every layer is kept whole
@@ -93,7 +92,10 @@ def buildah() -> Iterator[Buildah]:
         shutil.rmtree(folder / "base")
         yield build
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted((path for path in mounted if path.startswith(str(folder))), reverse=True):
+            subprocess.run(["umount", mount], check=True)
+        shutil.rmtree(folder)
 
 
 def pip_settings() -> dict[str, str]:
@@ -125,6 +127,8 @@ def mounts_of_pip_settings(folder: Path) -> list[str]:
 
 def index_of_cpu_wheels() -> str:
     """Where pip finds PyTorch without CUDA: TORCH_INDEX_URL, or pip's own index where its settings lead there."""
+    from pip._internal.models.index import PyPI  # not every environment has pip
+
     if given := os.environ.get("TORCH_INDEX_URL"):
         return given
     pins = (REPOSITORY / "scripts/image-constraints.txt").read_text(encoding="utf-8").splitlines()

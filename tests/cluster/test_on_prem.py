@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from launches import (
     wait_for_end,
     write_search,
 )
-from small_runs import last_checkpoint, logged_epochs
+from small_runs import last_checkpoint, logged_epochs, show_seconds
 
 from nuciseg.engine.checkpoint import find_checkpoint
 
@@ -88,6 +90,21 @@ def test_status_shows_all_hosts(cluster: OnPrem) -> None:
 
     wait_for(all_are_there, "three hosts of two CPUs", 300, told=lambda: said)
     assert "no pending nodes" in said.lower()
+
+
+def test_doctor_asks_all_hosts(cluster: OnPrem) -> None:
+    began_s = time.monotonic()
+    words = ["python -m nuciseg.doctor --json", f"--run.storage_path {cluster.shared}/doctor"]
+    said = wait_for_end(submit(cluster.laptop, words, timeout_s=200), cluster.laptop, limit_s=200)
+    show_seconds("doctor on three hosts, with the job's start", time.monotonic() - began_s)
+    start = said.index("[\n")
+    checks = json.loads(said[start : said.rindex("\n]") + 2])
+    assert [check["said"] for check in checks if not check["passed"]] == []
+    answers = {check["name"]: check["said"] for check in checks}
+    assert answers["nodes"].startswith("3 nodes"), answers["nodes"]
+    assert answers["all-reduce"].startswith("gloo over "), answers["all-reduce"]
+    assert "readable on 3 nodes" in answers["data"]
+    assert not (cluster.shared / "doctor").exists()
 
 
 def test_secrets_are_for_their_owner_alone_on_every_host(cluster: OnPrem) -> None:

@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +68,25 @@ class Client:
 
     def says(self, code: str, token: str | None = None) -> str:
         """The last line that `code` prints, or the error that ends it."""
+        done = self._run(["-c", code], token)
+        return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+
+    def refusal(self, verb: str, *words: str, token: str | None = None) -> str:
+        """The one sentence by which a verb refuses."""
+        done = self._run(["-m", f"nuciseg.{verb}", *words], token)
+        (sentence,) = done.stderr.strip().splitlines()
+        assert done.returncode == 2, sentence
+        return sentence
+
+    def _run(self, words: Sequence[str], token: str | None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "RAY_ADDRESS": self.address, "PYTHONPATH": ""}
         given = self.token if token is None else token
         if given:
             environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=given)
         # Ray hands the working folder on to its workers as a place to import from.
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300
+        return subprocess.run(
+            [sys.executable, *words], cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300
         )
-        return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +142,8 @@ NUM_NODES = CONNECTED + "print(sum(node['Alive'] for node in ray.nodes()))"
 
 @pytest.mark.parametrize("token", ["", "0" * 64], ids=["none", "another"])
 def test_a_missing_token_is_one_sentence(client: Client, token: str) -> None:
-    said = client.says(CONNECTED, token)
-    assert said.startswith("nuciseg.errors.ResourceError: the Ray cluster at '127.0.0.1:"), said
+    said = client.refusal("tune", token=token)
+    assert said.startswith("nuciseg: the Ray cluster at '127.0.0.1:"), said
     assert "copy ~/.ray/auth_token from the machine that started the cluster, and set RAY_AUTH_MODE=token" in said
 
 
@@ -147,7 +157,7 @@ def test_gpus_that_the_cluster_may_grow_to_count(client: Client) -> None:
     scale = "from nuciseg.config import ScaleConfig; need = worker_need(ScaleConfig(use_gpu=True), for_trial=True); "
     said = client.says(CONNECTED + scale + "print(gpus_within_reach(), need, require_room(1, need, '--n', ''))")
     assert said == "2 Need(cpus=4, gpus=1) 2"  # three nodes at most, one of which is there
-    said = client.says(CONNECTED + scale + "require_room(5, need, '--n', '')")
+    said = client.refusal("train", "--scale.num_workers", "5", "--scale.use_gpu", "true")
     assert "but the cluster at its largest (CPUs: 20, GPUs: 2) has room for 2 such workers" in said, said
 
 
@@ -155,3 +165,5 @@ def test_a_node_without_nuciseg_is_named(client: Client) -> None:
     ask = "from nuciseg.distributed.nodes import *; from nuciseg.distributed.node_facts import versions; "
     said = client.says(CONNECTED + ask + "print([each.failure for each in on_every_node(versions).values()])")
     assert said.startswith("[None, 'cannot import nuciseg; install it there in the same version"), said
+    said = client.refusal("tune", "--scale.cpus_per_worker", "1")
+    assert "cannot import nuciseg; install it there in the same version" in said, said

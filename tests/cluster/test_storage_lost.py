@@ -15,7 +15,7 @@ import pytest
 import yaml
 from hosts import HOME, Host, Lan, wait_for, why_no_hosts
 from small_runs import QUICK_TO_LEARN, assert_same_run, logged_epochs, run, show_seconds
-from wandb_offline import read_offline_runs
+from wandb_offline import assert_one_wandb_run, read_offline_runs
 
 from nuciseg.config import load_config, merged
 from nuciseg.distributed.trials import RESULTS_FILE
@@ -110,10 +110,8 @@ def work(tmp_path: Path) -> Iterator[Work]:
 def assert_undisturbed(run_dir: Path, folder: Path, **changes: Any) -> None:
     """All epochs once, in W&B's files too, and every bit as in a run of this process."""
     assert logged_epochs(run_dir) == list(range(1, NUM_EPOCHS + 1))
-    legs = read_offline_runs(run_dir)
-    assert len({leg.run["id"] for leg in legs}) == 1
-    assert sorted(epoch for leg in legs for epoch in leg.epochs) == logged_epochs(run_dir)
-    assert legs[-1].artifacts, "the checkpoint is in the file that is whole"
+    assert_one_wandb_run(run_dir)
+    assert read_offline_runs(run_dir)[-1].artifacts, "the checkpoint is in the file that is whole"
     folder.mkdir()
     (folder / "work.yaml").write_text(yaml.safe_dump(settings()))
     run(load_config(folder / "work.yaml").replaced(changes), folder / "run")

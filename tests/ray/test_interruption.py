@@ -16,11 +16,11 @@ import psutil
 import pytest
 import yaml
 from ray.tune.search.optuna import OptunaSearch
-from small_runs import QUICK_TO_LEARN, last_checkpoint, logged_epochs, recovery_shown, wait_until
+from small_runs import QUICK_TO_LEARN, assert_same_run, last_checkpoint, logged_epochs, recovery_shown, run, wait_until
 from wandb_offline import read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
-from nuciseg.config import merged
+from nuciseg.config import load_config, merged
 from nuciseg.distributed.trials import RESULTS_FILE
 from nuciseg.distributed.worker import FINISHED_FILE
 
@@ -146,6 +146,10 @@ def test_an_interrupted_search_goes_on_where_it_was(
         legs = read_offline_runs(run_dir)
         assert {leg.run["id"] for leg in legs} == {f"search-{trial['id']}"}
         assert sorted(epoch for leg in legs for epoch in leg.epochs) == list(range(1, NUM_EPOCHS + 1))
+        if run_dir in interrupted:
+            calm = load_config(tmp_path / "search.yaml").replaced({**trial["sample"], "search.space": {}})
+            run(calm, tmp_path / "calm" / trial["id"])
+            assert_same_run(run_dir, tmp_path / "calm" / trial["id"])
         assert len(legs) == (2 if run_dir in interrupted else 1) or run_dir not in {*interrupted, *kept}
 
     studied = [sorted(folder.glob("searcher-state-*.pkl"))[-1]]

@@ -15,6 +15,7 @@ import ray
 import torch
 from ray.util.state import list_actors
 from small_runs import assert_same_run, last_checkpoint, logged_epochs, recovery_shown, small_config, wait_until
+from wandb_offline import assert_one_wandb_run
 
 from nuciseg.config import Config
 from nuciseg.distributed import training
@@ -34,7 +35,7 @@ TWO_WORKERS = {
     "data.synthetic.num_train": 60,
     "data.batch_size": 5,
     "train.epochs": 5,
-    "tracking.kind": "none",
+    "tracking.kind": "offline",
 }
 WORKER = "RayTrainWorker"
 
@@ -90,6 +91,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(undisturbed: Path, tmp_pat
     first = json.loads(first_lines[0])
     assert last_checkpoint(run_dir).progress.history[0]["train_s"] == first["train_s"]
     assert_same_run(run_dir, undisturbed)
+    assert_one_wandb_run(run_dir)
 
 
 @pytest.mark.slow
@@ -135,6 +137,7 @@ def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
         run_training(make_job(run_dir))
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
+    assert_one_wandb_run(run_dir)
 
 
 @pytest.mark.slow

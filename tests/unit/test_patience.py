@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,10 @@ from safetensors import SafetensorError
 
 from nuciseg import patience
 from nuciseg.distributed.failures import ask_to_stop, is_asked_to_stop
-from nuciseg.engine.checkpoint import CheckpointStore
+from nuciseg.engine.checkpoint import METADATA_FILE, WEIGHTS_FILE, CheckpointStore, load_checkpoint
 from nuciseg.errors import ResourceError, StorageAwayError
 from nuciseg.patience import is_away, patiently
+from nuciseg.wandb_records import wandb_files
 
 STALE = OSError(errno.ESTALE, "Stale file handle")
 
@@ -62,25 +67,58 @@ def test_storage_that_comes_back_is_asked_again() -> None:
     assert patiently(ask) == "there"
 
 
-def stale_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stat(*_: Any, **__: Any) -> None:
-        raise STALE
-
-    monkeypatch.setattr(Path, "stat", stat)
-
-
 def test_a_run_whose_storage_is_away_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask_to_stop(tmp_path)
     assert is_asked_to_stop(tmp_path)
-    stale_from_now_on(monkeypatch)
+    monkeypatch.setattr(Path, "stat", stale_for(lambda path: True, Path.stat))
     assert not is_asked_to_stop(tmp_path)
 
 
+@pytest.fixture
+def store(tiny_run: Path, tmp_path: Path) -> CheckpointStore:
+    """Of a run with two checkpoints, the last of which is not the best."""
+    store = CheckpointStore(tmp_path)
+    shutil.copytree(CheckpointStore(tiny_run).folder, store.folder)
+    last = store.last
+    assert last is not None
+    first = last.with_name("epoch-0001")
+    if not first.exists():
+        shutil.copytree(last, first)
+    return store
+
+
+@pytest.mark.parametrize(("asked", "file"), [("read_text", METADATA_FILE), ("stat", WEIGHTS_FILE)])
 def test_checkpoints_that_cannot_be_asked_are_not_taken_for_damaged(
-    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, file: str, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = CheckpointStore(tiny_run)
-    assert store.last is not None
-    stale_from_now_on(monkeypatch)
-    with pytest.raises(OSError, match="Stale"):
+    last = store.last
+    assert last is not None
+    names = sorted(path.name for path in store.folder.iterdir())
+    further = load_checkpoint(last, training=True)
+    further = replace(further, progress=replace(further.progress, epoch=further.progress.epoch + 1))
+    monkeypatch.setattr(Path, asked, stale_for(lambda path: path == last / file, getattr(Path, asked)))
+    with pytest.raises(StorageAwayError, match=r"Stale file handle.*go on with --resume"):
         _ = store.last
+    with pytest.raises(StorageAwayError):
+        store.save(further)
+    monkeypatch.undo()
+    assert sorted(path.name for path in store.folder.iterdir()) == names
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "listdir", stale_for(lambda path: True, os.listdir))
+    with pytest.raises(StorageAwayError):
+        _ = store.last
+    with pytest.raises(OSError, match="Stale"):
+        wandb_files(store.folder)
+
+
+def stale_for(is_away: Callable[[Path], bool], ask: Callable[..., Any]) -> Callable[..., Any]:
+    def asking(path: Path, *arguments: Any, **named: Any) -> Any:
+        if is_away(path):
+            raise STALE
+        return ask(path, *arguments, **named)
+
+    return asking
