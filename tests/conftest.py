@@ -47,7 +47,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"slow: give {option}"))
 
 
-LONGEST_FIRST = ("test_lost_nodes.py", "test_image.py", "test_readme.py", "ray", "cli")
+LONGEST_FIRST = (
+    "test_lost_nodes_searches.py",
+    "test_aws_launch.py",
+    "test_lost_nodes.py",
+    "test_image.py",
+    "test_readme.py",
+    "ray",
+    "cli",
+)
 
 
 def _turn(item: pytest.Item) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import ray
 import torch
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import find_bootstrap_address
 from ray.exceptions import AuthenticationError
 
@@ -67,7 +68,7 @@ def connect(verbose: bool, **limits: int) -> None:
                 **limits,
             )
     except ConnectionError as error:
-        raise (_no_token(address) if _asks_for_token(address) else _no_cluster(address, error)) from None
+        raise (_no_token(address) if _refuses_token(address) else _no_cluster(address, error)) from None
     except AuthenticationError:
         raise _no_token(address) from None
     except RuntimeError as error:
@@ -98,17 +99,20 @@ def _refuse_closed(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWER_TIMEOUT_S).close()
     except OSError as error:
         raise _no_cluster(address, error) from None
-    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" and _asks_for_token(address):
+    if _refuses_token(address):
         raise _no_token(address)
 
 
-def _asks_for_token(address: str) -> bool:
-    """Whether Ray's head node there refuses a question that comes without one. Ray's own error does not tell."""
-    with grpc.insecure_channel(address) as channel:
+def _refuses_token(address: str) -> bool:
+    """Whether Ray's head node there refuses the token of this process, or that it has none. Ray's own error does not
+    tell, and comes after 20 seconds with a line for each."""
+    with init_grpc_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=ANSWER_TIMEOUT_S)
         except grpc.RpcError as error:
             return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
+        except AuthenticationError:
+            return True
     return False
 
 

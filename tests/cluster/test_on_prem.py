@@ -52,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
     shared = folder / "shared"
     shared.mkdir()
     with Lan(folder / "lan", shared=[shared]) as lan:
-        login = ["export RAY_AUTH_MODE=token RAY_UP_enable_autoscaler_v2=0 RAY_USAGE_STATS_ENABLED=0"]
+        login = ["export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"]
         # A node whose head is gone gives up after 15 s, not 60: the last test waits for it.
         login_of_nodes = ["export RAY_gcs_rpc_server_reconnect_timeout_s=15"]
         laptop = lan.add("laptop", 1, has_key=True, login=login)
