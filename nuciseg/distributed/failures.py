@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nuciseg import errors
-from nuciseg.engine.checkpoint import write_json
+from nuciseg.engine.checkpoint import read_json, write_json
 from nuciseg.errors import NucisegError, OutOfMemoryError
 from nuciseg.patience import is_away, patiently
 
@@ -38,7 +37,7 @@ def note_failure(run_dir: Path, error: NucisegError, parts_factor: int = 1) -> N
 def noted_failure(run_dir: Path) -> NucisegError | None:
     """The reason why the run ended, or None."""
     try:
-        note = json.loads(patiently(lambda: (run_dir / FAILURE_FILE).read_text(encoding="utf-8")))
+        note = read_json(run_dir / FAILURE_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
     kind: type[NucisegError] = getattr(errors, note["kind"])

@@ -27,7 +27,7 @@ from nuciseg.data.cache import default_cache_dir
 from nuciseg.data.fetching import fetch_file
 from nuciseg.engine.checkpoint import METADATA_FILE, find_checkpoint
 from nuciseg.errors import CheckpointError, ResourceError, StorageAwayError, writing
-from nuciseg.patience import patiently
+from nuciseg.patience import names_in, patiently
 
 COPIES = "runs"  # below the cache folder
 NUM_THREADS = 8
@@ -126,8 +126,7 @@ class Mirror:
     def marks(self, folder: str) -> set[str]:
         """The names of the empty files in a folder that all who work on a search look into."""
         if self.uri is None:
-            path = self.folder / folder
-            return {each.name for each in path.iterdir()} if path.is_dir() else set()
+            return set(names_in(self.folder / folder))
         bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
         return {file.name for file in patiently(bucket.files)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from nuciseg.data.splits import Split
 from nuciseg.distributed.failures import batch_parts_factor, is_asked_to_stop, note_failure, noted_failure
 from nuciseg.distributed.mirror import Mirror
 from nuciseg.engine.calibration import calibrate
-from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, replace_config, write_json
+from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, read_json, replace_config, write_json
 from nuciseg.engine.datasets import TrainingSet, open_training_set
 from nuciseg.engine.epoch_part import Wish
 from nuciseg.engine.evaluation import image_row
@@ -248,7 +247,7 @@ def _open_tracker(job: Job, config: Config, store: CheckpointStore) -> Tracker:
 def _conclude(run_dir: Path, best: Path, tracker: Tracker) -> None:
     scores = load_checkpoint(best).scores
     images = run_dir / IMAGES_FILE
-    written = patiently(lambda: json.loads(images.read_text(encoding="utf-8")) if images.exists() else {})
+    written = read_json(images) if patiently(images.exists) else {}
     if written.get("checkpoint") == best.name:  # not where the run was ended between this checkpoint and this file
         tracker.log_image_scores(written["images"])
     tracker.log_checkpoint(best)

@@ -134,7 +134,7 @@ def load_checkpoint(folder: Path, *, training: bool = False) -> Checkpoint:
     """
     metadata_path = folder / METADATA_FILE
     try:
-        metadata = _read_json(metadata_path)
+        metadata = read_json(metadata_path)
         version = metadata["schema_version"]
     except OSError as error:
         if is_away(error):
@@ -188,7 +188,7 @@ def _format_in(data: DataConfig) -> str | None:
 def replace_config(folder: Path, config: Config, scores: Mapping[str, float]) -> None:
     """Put another configuration (of decoding, chosen after training) and its scores into a checkpoint."""
     path = folder / METADATA_FILE
-    metadata = _read_json(path)
+    metadata = read_json(path)
     write_json({**metadata, "config": config.model_dump(mode="json"), "scores": dict(scores)}, path)
 
 
@@ -217,7 +217,7 @@ class CheckpointStore:
         last = self.last
         assert last is not None  # `folder` is here
         path = last / METADATA_FILE
-        metadata = _read_json(path)
+        metadata = read_json(path)
         metadata["progress"]["best_epoch"] = _progress_in(folder)["epoch"]
         write_json(metadata, path)
 
@@ -332,10 +332,15 @@ def write_json(value: Any, path: Path) -> None:
         raise ResourceError(_why_not_written(error, path)) from error
 
 
+def read_json(path: Path) -> Any:
+    """What JSON says; storage that is away is waited for. Raises OSError, ValueError."""
+    return json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether all files are there in full length. (What a disk changed within them, loading finds out.)"""
     try:
-        sizes = _read_json(folder / METADATA_FILE)["file_bytes"].items()
+        sizes = read_json(folder / METADATA_FILE)["file_bytes"].items()
         return all(patiently((folder / name).stat).st_size == size for name, size in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if is_away(error):  # a checkpoint that cannot be asked is not one that may be dropped
@@ -344,7 +349,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _progress_in(folder: Path) -> dict[str, Any]:
-    progress: dict[str, Any] = _read_json(folder / METADATA_FILE)["progress"]
+    progress: dict[str, Any] = read_json(folder / METADATA_FILE)["progress"]
     return progress
 
 
@@ -354,10 +359,6 @@ def _unreadable(path: Path, error: Exception) -> StorageAwayError:
         f"{path} cannot be read ({reason}); when its storage answers again, go on with --resume; where this alone is "
         "damaged, move it away before"
     )
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
 
 
 def _how_to_name_one() -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from small_runs import QUICK_TO_LEARN, assert_same_run, last_checkpoint, logged_epochs, run, wait_until
-from wandb_offline import read_offline_runs
+from wandb_offline import assert_one_wandb_run
 
 from nuciseg.config import load_config, merged
 
@@ -120,8 +120,7 @@ def test_a_run_does_not_care_for_the_clock(library: Path, tmp_path: Path) -> Non
         training.kill()
     assert "Traceback" not in log.read_text()
     assert logged_epochs(run_dir) == list(range(1, NUM_EPOCHS + 1))
-    (leg,) = read_offline_runs(run_dir)
-    assert leg.epochs == logged_epochs(run_dir)
+    assert_one_wandb_run(run_dir)
     for row in last_checkpoint(run_dir).progress.history:
         assert 0 <= row["train_s"] < 600
         assert 0 <= row["validation_s"] < 600

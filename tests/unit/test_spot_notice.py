@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +47,6 @@ def test_ray_is_told_until_it_has_heard(service: Service, tmp_path: Path, monkey
 
 
 def test_one_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
     monkeypatch.setattr(spot_notice.tempfile, "tempdir", str(tmp_path))
     with (tmp_path / spot_notice.LOCK_FILE).open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

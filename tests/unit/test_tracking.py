@@ -61,8 +61,9 @@ LOOP = """
             os.waitpid(service, 0)
         tracker.log_epoch(last + 1, {"loss": 0.0})
         tracking_wandb.SETTLED_S = 0.1
-        time.sleep(0.3)
-        tracker.log_epoch(last + 2, {"loss": 0.0})
+        for epoch in (last + 2, last + 3):
+            time.sleep(0.3)
+            tracker.log_epoch(epoch, {"loss": 0.0})
     if ending == "no-pictures":
         for media in run_dir.rglob("files/media"):
             shutil.rmtree(media)
@@ -278,7 +279,8 @@ def test_training_goes_on_when_wandbs_service_dies(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "went on to the end" in result.stdout
     assert result.stderr.count("W&B failed") == 1
-    assert [row["epoch"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert result.stderr.count("lost epochs") <= 1, "what is gone is left once"
+    assert [row["epoch"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_training_goes_on_when_pictures_cannot_be_written(tmp_path: Path) -> None:
