@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import configparser
-import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from hosts import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 COMMANDS = {"buildah": "buildah", "debootstrap": "debootstrap"}
+CONSTRAINTS = REPOSITORY / "scripts/image-constraints.txt"
 FREE_GB = 15  # where every layer is kept whole
 
 
@@ -98,55 +99,45 @@ def buildah() -> Iterator[Buildah]:
         shutil.rmtree(folder)
 
 
-def pip_settings() -> dict[str, str]:
-    """What pip is set to on this machine, by its files and by the environment."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    settings = [line.partition("=") for line in listed.stdout.splitlines() if line.startswith(("global.", ":env:."))]
-    return {key.rpartition(".")[2].lower(): value.strip("'\"").replace("\\n", " ") for key, _, value in settings}
+def pins() -> dict[str, str]:
+    """The image's packages with their versions."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
-def mounts_of_pip_settings(folder: Path) -> list[str]:
-    """Mounts that give pip in a container the settings that pip has on this machine: indexes, wheels, certificates."""
-    values = pip_settings()
-    # Where certificates lie the image's own package puts some, and fails where they are a mount.
-    certificates = values.pop("cert", None)
-    mounts = {"/etc/pip.conf": folder / "pip.conf"}
-    words = [word for value in values.values() for word in value.split() if "/" in word]
-    # An index in a folder leads to files beside it.
-    paths = {str(Path(urlsplit(word).path).parent) if word.startswith("file:") else word for word in words}
-    mounts |= {path: Path(path) for path in sorted(paths) if Path(path).exists()}
-    if certificates is not None:
-        values["cert"] = "/etc/pip-certificates.crt"
-        mounts[values["cert"]] = Path(certificates)
-    file = configparser.RawConfigParser()
-    file["global"] = {key: value for key, value in values.items() if key != "config-file"}
-    with (folder / "pip.conf").open("w", encoding="utf-8") as out:
-        file.write(out)
-    return [f"--volume={path}:{there}:ro" for there, path in mounts.items()]
+def wheels_of_the_image(folder: Path) -> None:
+    """Puts there what the Dockerfile installs, as pip on this machine finds it, with its indexes and certificates.
 
+    In a container pip would not have this machine's settings, among them certificates of a proxy.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder), "--python-version", "3.11"]
+    pinned = os.environ | {"PIP_CONSTRAINT": str(CONSTRAINTS)}
 
-def index_of_cpu_wheels() -> str:
-    """Where pip finds PyTorch without CUDA: TORCH_INDEX_URL, or pip's own index where its settings lead there."""
-    from pip._internal.models.index import PyPI  # not every environment has pip
+    def download(*words: str, env: dict[str, str] = pinned) -> None:
+        done = subprocess.run([*pip, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        assert done.returncode == 0, f"pip download {' '.join(words)}: {done.stdout[-2000:]}"
 
-    if given := os.environ.get("TORCH_INDEX_URL"):
-        return given
-    pins = (REPOSITORY / "scripts/image-constraints.txt").read_text(encoding="utf-8").splitlines()
-    [torch] = [pin for pin in pins if pin.startswith("torch==")]
-    ask = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report", "-", torch]
-    asked = subprocess.run([sys.executable, "-m", "pip", *ask], capture_output=True, text=True)
-    found = json.loads(asked.stdout)["install"][0]["metadata"]["version"] if asked.returncode == 0 else asked.stderr
-    if "+cpu" not in found:
-        pytest.skip(f"set TORCH_INDEX_URL to the index of PyTorch's CPU wheels; pip by itself finds {found}")
-    return pip_settings().get("index-url", PyPI.simple_url)
+    index = ["--index-url", url] if (url := os.environ.get("TORCH_INDEX_URL")) else []
+    download("--no-deps", *index, *(f"{name}=={pins()[name]}" for name in ("torch", "torchvision")))
+    if not list(folder.glob("torch-*+cpu-*")):
+        pytest.skip("set TORCH_INDEX_URL to the index of PyTorch's CPU wheels; pip by itself finds another build")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    asked = [*project["project"]["dependencies"], *extras["weights"], *extras["cluster"]]
+    download("--only-binary", ":all:", "--find-links", str(folder), *asked)
+    download("--only-binary", ":all:", *project["build-system"]["requires"], env=dict(os.environ))
 
 
 def test_image_is_built_and_searches(buildah: Buildah) -> None:
     policy = ["--signature-policy", buildah.folder / "policy.json"]
-    chroot = ["--isolation", "chroot", *mounts_of_pip_settings(buildah.folder)]
-    url = index_of_cpu_wheels()
-    arguments = [f"--build-arg={each}" for each in ("BASE=localhost/base", "COMPUTE=cpu", f"TORCH_INDEX_URL={url}")]
-    buildah("bud", "--pull-never", *policy, *chroot, *arguments, "--tag", "nuciseg", REPOSITORY, timeout_s=1000)
+    wheels = buildah.folder / "wheels"
+    wheels_of_the_image(wheels)
+    (buildah.folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+    mounts = [f"--volume={buildah.folder / 'pip.conf'}:/etc/pip.conf:ro", f"--volume={wheels}:/wheels:ro"]
+    arguments = ["--build-arg=BASE=localhost/base", "--build-arg=COMPUTE=cpu", "--build-arg=TORCH_INDEX_URL=/wheels"]
+    words = ["--isolation", "chroot", *mounts, *arguments, "--tag", "nuciseg", REPOSITORY]
+    buildah("bud", "--pull-never", *policy, *words, timeout_s=1000)
+    shutil.rmtree(wheels)
 
     container = buildah("from", "--pull-never", *policy, "nuciseg", timeout_s=300)
     root = Path(buildah("mount", container, timeout_s=60))
@@ -157,6 +148,12 @@ def test_image_is_built_and_searches(buildah: Buildah) -> None:
     def run(*words: str, timeout_s: float = 120) -> str:
         return buildah("run", "--isolation", "chroot", container, "--", *words, timeout_s=timeout_s)
 
+    found = [
+        Requirement(line) for line in run("pip", "freeze", "--exclude", "nuciseg").replace("+cpu", "").splitlines()
+    ]
+    pinned = pins()
+    unpinned = [str(each) for each in found if str(each.specifier) != f"=={pinned.get(canonicalize_name(each.name))}"]
+    assert unpinned == []
     assert run("id", "-un") == "nuciseg"
     assert run("bash", "--login", "-c", "command -v ray") == "/opt/nuciseg/bin/ray"
     search = [
