@@ -19,6 +19,7 @@ from ray._private.services import find_bootstrap_address
 from ray.exceptions import AuthenticationError
 
 from nuciseg.distributed.growth import Resources, nodes_within_reach
+from nuciseg.distributed.priority import in_background
 from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.scale import ScaleConfig, WorkerRange
 
@@ -51,13 +52,14 @@ def connect(verbose: bool, **limits: int) -> None:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # results are polled with it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 puts the training behind all that Ray does itself
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # paths in the configuration are the user's
     port = _free_port()
     address = _address()
     _refuse_closed(address)
     try:
-        with _environment_of_workers(port):
+        with _environment_of_workers(port), in_background():
             ray.init(
                 include_dashboard=None if "RAY_ADDRESS" in os.environ else True,
                 dashboard_host="127.0.0.1",

@@ -12,6 +12,7 @@ from nuciseg.config import Config, write_config
 from nuciseg.data.splits import Split
 from nuciseg.distributed.failures import batch_parts_factor, is_asked_to_stop, note_failure, noted_failure
 from nuciseg.distributed.mirror import Mirror
+from nuciseg.distributed.priority import come_to_foreground
 from nuciseg.engine.calibration import calibrate
 from nuciseg.engine.checkpoint import CheckpointStore, load_checkpoint, read_json, replace_config, write_json
 from nuciseg.engine.datasets import TrainingSet, open_training_set
@@ -62,6 +63,7 @@ def run_worker(
     Every worker calls `report` after every epoch, and now and then `must_one_go`: whether the machine of one has to go.
     Raises NucisegError, with the reason noted in the folder.
     """
+    come_to_foreground()
     failure = noted_failure(job.run_dir)
     if failure is not None:
         raise failure

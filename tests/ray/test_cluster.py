@@ -21,23 +21,40 @@ from nuciseg.engine.inference import Place
 from nuciseg.errors import StorageAwayError
 from nuciseg.tracking import RunIdentity
 
-SCRIPT = """
+SERVICE = "3-1-unix-/nowhere/socket"
+ADDRESSES = """
 import os, ray
 from nuciseg.distributed.cluster import connect
 connect(verbose=False, num_cpus=1, num_gpus=0)
 seen = ray.remote(lambda: [os.environ.get(name) for name in ("WANDB_SERVICE", "RAY_API_SERVER_ADDRESS")])
 print(*ray.get(seen.remote()), os.environ["WANDB_SERVICE"], os.environ.get("RAY_API_SERVER_ADDRESS"))
 """
+TURNS = """
+import os, ray
+from nuciseg.distributed.cluster import connect
+connect(verbose=False, num_cpus=1, num_gpus=0)
+look = lambda: (os.sched_getscheduler(0), os.nice(0))
+print(look(), ray.get(ray.remote(look).remote()))
+"""
+
+
+def run_script(script: str) -> str:
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:  # short: sockets lie in it
+        environment = {**os.environ, "WANDB_SERVICE": SERVICE, "RAY_TMPDIR": ray_folder}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has SCHED_BATCH")
+def test_rays_processes_wait_for_their_turn_without_being_behind_the_others() -> None:
+    nice = os.nice(0)
+    assert run_script(TURNS).strip() == f"({os.SCHED_OTHER}, {nice}) ({os.SCHED_BATCH}, {nice})"
 
 
 def test_workers_are_told_of_the_dashboard_and_of_no_wandb_service_that_ends_before_them() -> None:
-    service = "3-1-unix-/nowhere/socket"
-    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:  # short: sockets lie in it
-        environment = {**os.environ, "WANDB_SERVICE": service, "RAY_TMPDIR": ray_folder}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    of_worker, dashboard, here, dashboard_here = done.stdout.split()
-    assert (of_worker, here, dashboard_here) == ("None", service, "None")
+    of_worker, dashboard, here, dashboard_here = run_script(ADDRESSES).split()
+    assert (of_worker, here, dashboard_here) == ("None", SERVICE, "None")
     assert dashboard.startswith("http://127.0.0.1:")
 
 
