@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ pytestmark = [
 ]
 
 CLUSTER = f"{HOME}/on-prem.yaml"
+WANDB_HOST = "wandb.lan"  # a W&B server of one's own, so that without WANDB_BASE_URL nobody asks for it
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
             lan.add(name, number, login=login_of_nodes) for number, name in enumerate(("head", "one", "two"), start=2)
         ]
         (laptop.home / "on-prem.yaml").write_text(filled_in(nodes))
+        netrc = f"machine {WANDB_HOST} login user password {secrets.token_hex(20)}"
         laptop.run(
-            "umask 077 && ray get-auth-token --generate > /dev/null && touch ~/.ray/wandb_netrc"
-            f" && ray up --yes --no-config-cache {CLUSTER}",
+            "umask 077 && ray get-auth-token --generate > /dev/null"
+            f" && echo {netrc} > ~/.ray/wandb_netrc && ray up --yes --no-config-cache {CLUSTER}",
             timeout_s=400,
             cwd=REPOSITORY,
         )
@@ -160,6 +163,21 @@ def test_search_of_two_hosts_a_trial_goes_on_while_the_laptop_is_closed(cluster:
         assert trial["id"] in said
     [best] = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("best checkpoint: ")]
     assert find_checkpoint(Path(best)).is_relative_to(search_dir)
+
+
+def test_wandb_key_has_reached_every_host_and_is_in_no_log_or_command_line(cluster: OnPrem) -> None:
+    key = (cluster.laptop.home / ".ray/wandb_netrc").read_text().split()[-1]
+    find = f'from wandb.sdk.lib.wbauth import read_netrc_auth; print(read_netrc_auth(host="http://{WANDB_HOST}"))'
+    for node in cluster.nodes:
+        assert node.run(f"python -c '{find}'", timeout_s=100).stdout.split()[-1] == key
+        assert [line for line in node.processes() if key in line] == []
+    jobs = cluster.laptop.run(f"ray job list --address {JOBS}", timeout_s=100).stdout
+    assert "submission_id" in jobs
+    assert key not in jobs
+    head, *_ = cluster.nodes
+    logs = head.run(f"ls -d /tmp/ray/session_2*; grep -rlF {key} /tmp/ray {cluster.shared}", timeout_s=100, check=False)
+    assert logs.returncode == 1, logs.stdout  # grep's, where it finds nothing
+    assert "/tmp/ray/session_2" in logs.stdout
 
 
 def test_down_leaves_no_process(cluster: OnPrem) -> None:
