@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -105,6 +105,23 @@ def _parameter_groups(config: OptimConfig, network: nn.Module) -> list[dict[str,
                     {"params": parameters, "lr": config.lr * factor, "lr_factor": factor, "weight_decay": decay}
                 )
     return groups
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Give an optimizer the state of each of its parameters, counted through all groups, as `state_dict` names it.
+
+    Files keep no memory format. Fused kernels go through the memory of weight and moment side by side: of weights in
+    channels_last each would take the moment of another (on CPUs unnoticed), so every moment is laid out as its weight.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    laid_out = {
+        index: {
+            key: torch.empty_like(parameters[index]).copy_(value) if value.shape == parameters[index].shape else value
+            for key, value in state.items()
+        }
+        for index, state in states.items()
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": laid_out})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -30,7 +30,7 @@ from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
 from nuciseg.metrics import ImageScores, Scores, rank
 from nuciseg.models import freeze_encoder
-from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, set_learning_rate
+from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, load_optimizer_state, set_learning_rate
 from nuciseg.types import Batch
 
 
@@ -347,7 +347,7 @@ class Trainer:
         for name, tensor in tensors["optimizer"].items():
             index, key = name.split(".", 1)
             states.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
+        load_optimizer_state(self.optimizer, states)
         if self.averaged is not None:
             self.averaged.module.load_state_dict(dict(checkpoint.weights))
             self.averaged.n_averaged.copy_(tensors["averaged"]["n_averaged"])

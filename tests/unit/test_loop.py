@@ -51,6 +51,9 @@ def interrupt_after(epoch: int) -> Callable[[EpochReport], None]:
         {"optim.kind": "sgd", "train.ema_decay": None, "model.norm": "batch"},
         {"optim.kind": "sgd", "optim.momentum": 0.0, "schedule.kind": "constant"},
         {"optim.kind": "rmsprop", "data.num_loader_threads": 2},
+        {"optim.kind": "adamw", "train.channels_last": True},
+        {"optim.kind": "adam", "train.precision": "bf16"},
+        {"optim.kind": "sgd", "train.precision": "bf16"},
     ],
     ids=lambda changes: "-".join(str(value) for value in changes.values()),
 )
