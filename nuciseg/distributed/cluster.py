@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from ray.exceptions import AuthenticationError
 
 from nuciseg.distributed.growth import Resources, nodes_within_reach
 from nuciseg.distributed.priority import in_background
+from nuciseg.engine.precision import local_device
 from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.scale import ScaleConfig, WorkerRange
 
@@ -218,6 +220,23 @@ def has_gpu(scale: ScaleConfig) -> bool:
     if scale.use_gpu is False:
         return False
     return torch.cuda.is_available() or (ray.is_initialized() and gpus_within_reach() > 0)
+
+
+def device_of_trial(need: Need) -> torch.device:
+    """What a trial of one worker, with CPUs and GPUs as in `need`, computes on.
+
+    Ray lets a process see its own GPU alone; `ray.train.torch.get_device` answers Ray Train's workers, not trials.
+    Raises ResourceError where torch cannot use the GPU that Ray gave it.
+    """
+    if not need.gpus:
+        return torch.device("cpu")
+    device = local_device()
+    if device.type == "cpu":
+        raise ResourceError(
+            f"this trial was given a GPU, but torch {torch.__version__} sees none on node {platform.node()}; install "
+            "there a torch for its GPU and driver, or set scale.use_gpu to false"
+        )
+    return device
 
 
 def widest_need(num_workers: int, gpus: int, nodes: Sequence[Resources]) -> Need:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayTaskError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -20,6 +21,7 @@ from nuciseg.distributed.failures import FAILURE_FILE, noted_failure
 from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.trials import describe
 from nuciseg.engine.checkpoint import CheckpointStore
+from nuciseg.errors import NucisegError
 from nuciseg.tracking import METRICS_FILE, read_metrics
 
 POLL_S = 0.5
@@ -61,9 +63,7 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         self._show(trial, "running", progress, f"{self.metric} {result[self.metric]:.3f} (best {result['score']:.3f})")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run = self.search.inner(trial.trial_id)
-        run.fetch(lambda name: name == FAILURE_FILE)
-        failure = noted_failure(run.folder)
+        failure = self._noted_failure(trial)
         if failure is not None:
             self._show(trial, "failed", "-", str(failure))
             return
@@ -72,13 +72,30 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
         status = "done" if epoch >= self.epochs else "stopped"
         self._show(trial, status, f"{epoch}/{self.epochs}", f"best {last.get('score', float('nan')):.3f}")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._show(trial, "died", "-", f"{self._why_failed(trial)}; it is started again")
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._show(trial, "died", "-", "its process ended; it is started again, or the last table says why")
+        self._show(trial, "failed", "-", self._why_failed(trial))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         if self.live is not None:
             self.live.stop()
             self.live = None
+
+    def _noted_failure(self, trial: Any) -> NucisegError | None:
+        run = self.search.inner(trial.trial_id)
+        run.fetch(lambda name: name == FAILURE_FILE)
+        return noted_failure(run.folder)
+
+    def _why_failed(self, trial: Any) -> str:
+        """What the trial noted, what it raised, or that its process is gone."""
+        noted = self._noted_failure(trial)
+        if noted is not None:
+            return str(noted)
+        raised = trial.pickled_error_file
+        error = cloudpickle.loads(Path(raised).read_bytes()) if raised is not None else None
+        return str(error).strip().splitlines()[-1] if isinstance(error, RayTaskError) else "its process ended"
 
     def _show(self, trial: Any, status: str, progress: str, figures: str) -> None:
         number = trial.trial_id.rsplit("_", 1)[-1]

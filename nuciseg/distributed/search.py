@@ -14,7 +14,6 @@ from typing import Any
 import optuna
 import torch
 from ray import tune
-from ray.train.torch import get_device
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, Searcher
@@ -23,7 +22,7 @@ from ray.tune.search.sample import Integer
 
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, load_config, write_config
-from nuciseg.distributed.cluster import Need, connect, require_room_for_runs, worker_need
+from nuciseg.distributed.cluster import Need, connect, device_of_trial, require_room_for_runs, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.final import FINAL_FOLDER
 from nuciseg.distributed.limits import (
@@ -185,6 +184,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
         raise failure
     try:
         job = _trial_job(sample, plan, mirror)
+        device = device_of_trial(plan.need)
     except NucisegError as error:
         note_failure(run_dir, error)
         mirror.push()
@@ -196,7 +196,7 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
         # Tune may have missed the last reports of the workers; what it keeps of a trial is the last one it heard.
         tune.report(_last_report(job))
         return
-    with_one_retry(partial(_run_alone, job, plan), run_dir)
+    with_one_retry(partial(_run_alone, job, plan, device), run_dir)
 
 
 def _trial_job(sample: Mapping[str, Any], plan: Plan, trial: Mirror) -> Job:
@@ -213,7 +213,7 @@ def _trial_job(sample: Mapping[str, Any], plan: Plan, trial: Mirror) -> Job:
     return Job(config, trial.folder, identity, plan.verbose, trial.uri)
 
 
-def _run_alone(job: Job, plan: Plan) -> None:
+def _run_alone(job: Job, plan: Plan, device: torch.device) -> None:
     torch.set_num_threads(plan.need.cpus)
     population_based = plan.base.search.scheduler == "pbt"
     store = CheckpointStore(job.run_dir)
@@ -232,7 +232,7 @@ def _run_alone(job: Job, plan: Plan) -> None:
         tune.report(reported(epoch, job), checkpoint=checkpoint)
         reports += 1
 
-    run_worker(job, Place(device=get_device() if plan.need.gpus else torch.device("cpu")), report, node_must_go)
+    run_worker(job, Place(device=device), report, node_must_go)
     if not reports:  # it had ended when the driver was killed, which may not have heard its last report
         tune.report(_last_report(job))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from gloo_workers import on_workers
 from small_runs import small_config
 
+from nuciseg.config import write_config
 from nuciseg.distributed import training
 from nuciseg.distributed.cluster import environment
 from nuciseg.distributed.failures import noted_failure
@@ -37,6 +40,17 @@ look = lambda: (os.sched_getscheduler(0), os.nice(0))
 print(look(), ray.get(ray.remote(look).remote()))
 """
 
+TRIAL = """
+import os, ray
+from pathlib import Path
+from nuciseg.config import load_config
+from nuciseg.distributed.cluster import connect
+from nuciseg.distributed.search import start_search
+connect(verbose=False, num_cpus=1, num_gpus=1)
+[trial] = start_search(load_config(Path("config.yaml")), Path("runs/search"), verbose=False)
+print(f"{trial.epochs} epochs, failure: {trial.failure}")
+"""
+
 
 def run_script(script: str) -> str:
     with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:  # short: sockets lie in it
@@ -44,6 +58,24 @@ def run_script(script: str) -> str:
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_trial_computes_on_the_gpu_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray has a GPU to give, but torch cannot use one, the trial says so."""
+    monkeypatch.chdir(tmp_path)
+    config = small_config(
+        **{"train.epochs": 1, "search.sampler": "grid", "search.space": {"optim.lr": {"choice": [0.1]}}}
+    )
+    write_config(config, Path("config.yaml"))
+    said = run_script(TRIAL)
+    if torch.cuda.is_available():
+        assert said.endswith("1 epochs, failure: None\n")
+    else:
+        sees_none = (
+            r"0 epochs, failure: this trial was given a GPU, but torch \S+ sees none on node .+use_gpu to false\n"
+        )
+        assert re.search(sees_none, said), said
+        assert " trial 00000 failed - this trial was given a GPU" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has SCHED_BATCH")

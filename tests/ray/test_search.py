@@ -258,6 +258,22 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_the_rest_goes_on(
     assert len(spans(tmp_path / "spans")) == 2, "what cannot be mended was tried again"
 
 
+def test_a_trial_that_raises_says_what_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistaken(sample: dict[str, Any], plan: Any) -> None:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(search, "_run_trial", mistaken)
+    _, [trial] = run_search(
+        tmp_path / "search", **{"search.space": {"optim.lr": {"choice": [LEARNS]}}, "run.max_failures": 1}
+    )
+    said = capsys.readouterr().out
+    assert " died - RuntimeError: nobody thought of this; it is started again " in said
+    assert " failed - RuntimeError: nobody thought of this " in said
+    assert trial.failure == "RuntimeError: nobody thought of this"
+
+
 def test_trials_begin_with_the_weights_that_are_given(stopped_by_asha: Searched, tmp_path: Path) -> None:
     folder, _, trials, _ = stopped_by_asha
     learned = folder / trials[0].id
@@ -326,7 +342,9 @@ def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
     assert "out of memory in step 0 with data.batch_size 2 in train.accumulate 2 parts" in failed.failure
 
 
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "search"
 
     def running_epochs() -> dict[Path, int]:
@@ -342,6 +360,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: P
     changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "train.epochs": 12}
     with recovery_shown("a trial's process killed", kill_the_trial):
         _, [trial] = run_search(folder, **changes)
+    assert " died - its process ended; it is started again " in capsys.readouterr().out
     assert trial.failure is None
     assert logged_epochs(folder / trial.id) == list(range(1, 13))
     first = json.loads((folder / trial.id / "metrics.jsonl").read_text().split("\n")[0])
