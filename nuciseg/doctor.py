@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nuciseg.distributed.examination import examine
 
         checks = examine(config_from_args(flags, args), kill_worker=args.kill_worker, verbose=args.verbose)
-    done = list(checks) if args.json else list(_printed(checks))
+    if args.json:
+        with redirect_stdout(sys.stderr):  # Ray tells there of a worker that was killed
+            done = list(checks)
+    else:
+        done = list(_printed(checks))
     num_failed = sum(not check.passed for check in done)
     if args.json:
         print(json.dumps([asdict(check) for check in done], indent=1))
