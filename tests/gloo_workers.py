@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def _as_worker(
     written.rename(rendezvous / f"result-{rank}")
     # Nobody hangs up while another still talks: gloo's own threads then end the process with SIGABRT, now and then.
     wait_until(lambda: len(list(rendezvous.glob("result-?"))) == world_size, "the results of all workers", limit_s=60)
+    gc.collect()  # an error's traceback may hold what talks by gloo: it must be gone before the process is
     dist.destroy_process_group()
 
 
