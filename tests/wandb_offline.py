@@ -53,7 +53,8 @@ def read_offline_runs(folder: Path) -> list[OfflineRun]:
 def assert_one_wandb_run(run_dir: Path) -> None:
     """However often it was killed: one W&B run, in which each epoch of `metrics.jsonl` stands once."""
     legs = read_offline_runs(run_dir)
-    assert len({leg.run["id"] for leg in legs}) == 1
+    # W&B had written nothing yet in the file of a process that was killed at once, so nothing is missing there.
+    assert len({leg.run["id"] for leg in legs if leg.run or leg.history}) == 1
     epochs = sorted(epoch for leg in legs for epoch in leg.epochs)
     assert epochs == [row["epoch"] for row in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())]
 

@@ -233,13 +233,21 @@ class Lan:
                 start_new_session=True,
             )
         host.process = process
-        self._plug_in(host.address, process)
+        self._lay_cable(host)
         deadline = time.monotonic() + limit_s
         while not host.listens(22):
             said = log_path.read_text(errors="replace")
             assert process.poll() is None, f"host {host.name} ended while it started: {said}"
             assert time.monotonic() < deadline, f"host {host.name} has no SSH server after {limit_s:.0f} s: {said}"
             time.sleep(0.05)
+
+    def cut_off(self, host: Host) -> None:
+        """Unplug the cable of a host: it runs on and hears nothing, and the others do not even hear it hang up."""
+        self._at_switch("ip", "link", "set", _port(host), "down")
+
+    def plug_in(self, host: Host) -> None:
+        """Give a host back the cable that `cut_off` took."""
+        self._at_switch("ip", "link", "set", _port(host), "up")
 
     def _furnish(self, host: Host, has_key: bool, login: Sequence[str]) -> None:
         (host.home / ".ssh").mkdir(parents=True, mode=0o700)
@@ -254,25 +262,39 @@ class Lan:
             shutil.copy(self._folder / "user_key", host.home / ".ssh/id_ed25519")
             shutil.copy(self._folder / "user_key.pub", host.home / ".ssh/id_ed25519.pub")
         (host.home / ".sshd_config").write_text(_SSHD.format(home=HOME))
-        (host.home / ".bashrc").write_text("\n".join([f"export PATH={sys.prefix}/bin:$PATH", *login, ""]))
+        lines = [
+            f"export PATH={sys.prefix}/bin:$PATH",
+            # All hosts have the same cores: a thread that spins while it waits takes what another host needs.
+            "export OMP_WAIT_POLICY=passive",
+            *login,
+            "",
+        ]
+        (host.home / ".bashrc").write_text("\n".join(lines))
 
-    def _plug_in(self, address: str, process: subprocess.Popen[bytes]) -> None:
+    def _lay_cable(self, host: Host) -> None:
         assert self._switch is not None
-        _wait_for_network(process)
-        port = f"port{process.pid}"  # that of a host which was here before may still be on its way out
-        card = f"02:00:00:00:00:{int(address.rsplit('.', 1)[1]):02x}"  # the same again: the others remember it
-        link = ["ip", "link", "add", "name", "eth0", "address", card, "netns", str(process.pid), "type", "veth"]
+        assert host.process is not None
+        _wait_for_network(host.process)
+        port, pid = _port(host), host.process.pid
+        card = f"02:00:00:00:00:{int(host.address.rsplit('.', 1)[1]):02x}"  # the same again: the others remember it
+        link = ["ip", "link", "add", "name", "eth0", "address", card, "netns", str(pid), "type", "veth"]
         _call(*link, "peer", "name", port, "netns", str(self._switch.pid))
         self._at_switch("ip", "link", "set", port, "master", "bridge0", "up")
         for line in (
-            f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up",
+            f"addr add {host.address}/24 dev eth0", "link set eth0 up", "link set lo up",
             f"route add default via {NETWORK}.254",  # Ray asks the default route for the host's own address
         ):  # fmt: skip
-            _call("nsenter", f"--net=/proc/{process.pid}/ns/net", "ip", *line.split())
+            _call("nsenter", f"--net=/proc/{pid}/ns/net", "ip", *line.split())
 
     def _at_switch(self, *command: str) -> None:
         assert self._switch is not None
         _call("nsenter", f"--net=/proc/{self._switch.pid}/ns/net", *command)
+
+
+def _port(host: Host) -> str:
+    """At the switch. Not by its name alone: the port of a host that was here before may still be on its way out."""
+    assert host.process is not None, f"host {host.name} is off"
+    return f"port{host.process.pid}"
 
 
 def wait_for(

@@ -7,10 +7,13 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from gloo_workers import on_workers
 from hosts import HOME, REPOSITORY, Host, Lan, wait_for, why_no_hosts
 from launches import (
     JOBS,
@@ -24,10 +27,20 @@ from launches import (
     wait_for_end,
     write_search,
 )
-from small_runs import last_checkpoint, logged_epochs, show_seconds
+from small_runs import (
+    QUICK_TO_LEARN,
+    last_checkpoint,
+    logged_epochs,
+    run,
+    seconds_until_epoch,
+    show_seconds,
+)
+from wandb_offline import assert_one_wandb_run
 
+from nuciseg.config import Config, load_config, merged
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine.checkpoint import find_checkpoint
+from nuciseg.engine.inference import Place
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,8 +69,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
     shared.mkdir()
     with Lan(folder / "lan", shared=[shared]) as lan:
         login = ["export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0"]
-        # A node whose head is gone gives up after 15 s, not 60: the last test waits for it.
-        login_of_nodes = ["export RAY_gcs_rpc_server_reconnect_timeout_s=15"]
+        login_of_nodes = [
+            # A node whose head is gone gives up after 15 s, not 60, a silent node counts as lost after 20 s, not 65:
+            # the last tests wait for it.
+            "export RAY_gcs_rpc_server_reconnect_timeout_s=15 RAY_health_check_period_ms=1000",
+            "export RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=5",
+        ]
         laptop = lan.add("laptop", 1, has_key=True, login=login)
         nodes = [
             lan.add(name, number, login=login_of_nodes) for number, name in enumerate(("head", "one", "two"), start=2)
@@ -184,6 +201,52 @@ def test_wandb_key_has_reached_every_host_and_is_in_no_log_or_command_line(clust
     jobs = cluster.laptop.run(f"ray job list --address {JOBS}", timeout_s=100).stdout
     assert "submission_id" in jobs
     assert key not in jobs
+
+
+def _train(place: Place, config: Config, run_dir: Path) -> None:
+    torch.set_num_threads(2)  # as many as Ray gives to a worker of two CPUs
+    run(config, run_dir, place)
+
+
+def test_run_goes_on_elsewhere_when_a_host_of_its_two_falls_silent(cluster: OnPrem, tmp_path: Path) -> None:
+    """Its connections stay open: nobody tells the other worker that it waits in vain."""
+    settings = merged(
+        QUICK_TO_LEARN,
+        {
+            "data": {"batch_size": 12},  # 4 steps an epoch
+            "optim": {"lr": 0.02},
+            "train": {"epochs": 20, "calibrate": False},
+            "scale": {"num_workers": 2, "cpus_per_worker": 2},
+            "run": {"storage_path": str(cluster.shared / "runs"), "name": "silent"},
+            "tracking": {"kind": "offline"},
+        },
+    )
+    (cluster.shared / "silent.yaml").write_text(yaml.safe_dump(settings))
+    forwarding = open_dashboard(cluster.laptop, CLUSTER, tmp_path / "dashboard.log")
+    job = submit(cluster.laptop, [f"python -m nuciseg.train --config {cluster.shared}/silent.yaml"], timeout_s=200)
+    run_dir = cluster.shared / "runs" / "silent"
+    told = partial(printed_by, job, cluster.nodes[0])
+    wait_for(lambda: logged_epochs(run_dir) != [], "the first epoch", 200, told=told)
+    silent = next(node for node in cluster.nodes[1:] if hosts_with("RayTrainWorker", [node]))
+    cluster.lan.cut_off(silent)
+    try:
+        cut_s, num_before = time.time(), len(logged_epochs(run_dir))
+        assert num_before < 8
+        # One might have been on its way into the file.
+        show_seconds("a host silent, to the next epoch", seconds_until_epoch(run_dir, num_before + 2, cut_s))
+        wait_for_end(job, cluster.laptop, limit_s=200)
+    finally:
+        cluster.lan.plug_in(silent)
+        close_dashboard(forwarding)
+    assert logged_epochs(run_dir) == list(range(1, 21))
+    assert_one_wandb_run(run_dir)
+    undisturbed = tmp_path / "undisturbed"
+    on_workers(2, tmp_path / "rendezvous", _train, load_config(overrides=settings), undisturbed)
+    history, expected = (last_checkpoint(each).progress.history for each in (run_dir, undisturbed))
+    assert [row["learning_rate"] for row in history] == [row["learning_rate"] for row in expected]
+    # Ray's threads round otherwise than those here, which grows from epoch to epoch.
+    for mine, theirs in zip(history[:10], expected[:10], strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
 
 
 def test_down_leaves_no_process(cluster: OnPrem) -> None:
