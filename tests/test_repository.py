@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import nuciseg
 from nuciseg.reporting.study import write_study
@@ -145,3 +147,14 @@ def test_the_study_is_what_the_command_makes_of_its_records(tmp_path: Path) -> N
     changed = [place for place in places if (tmp_path / place).read_bytes() != (ROOT / place).read_bytes()]
     assert not changed, f"run `python -m nuciseg.study`, which would change {changed}"
     assert (ROOT / "docs" / "images" / "study.png").exists()
+
+
+def test_old_pips_hear_of_an_extras_bound_before_they_choose() -> None:
+    """pip 23.0, which Debian 12 has, tries torch after torch where a bound of an extra of an extra comes too late."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {Requirement(line).name for line in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    [own] = [Requirement(line) for line in extras["test"] if line.startswith("nuciseg[")]
+    bounds = {line for extra in own.extras for line in extras[extra] if Requirement(line).name in needed}
+    assert bounds
+    assert bounds <= set(extras["test"])
