@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,23 @@ def test_what_is_no_cluster_file(tmp_path: Path, text: str | None, said: str) ->
     (finding,) = check_cluster_file(path)
     assert said in finding
     assert str(path) in finding
+
+
+def test_an_image_without_nuciseg_is_told_before_ray_starts_in_it(tmp_path: Path) -> None:
+    """`ray up` runs these commands in the container, shows what they say, and ends where one of them fails."""
+    [command] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))["setup_commands"]
+
+    def said() -> tuple[int, str]:
+        environment = {"PATH": str(tmp_path)}
+        done = subprocess.run(["/bin/bash", "-c", command], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, sentence = said()
+    assert code == 1
+    assert "The image has no nuciseg on its PATH" in sentence
+    assert "metadata.image of cluster.yaml" in sentence
+    (tmp_path / "nuciseg").touch(mode=0o755)
+    assert said() == (0, "")
 
 
 def test_machines_have_what_aws_says() -> None:
