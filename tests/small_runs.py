@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,6 +59,15 @@ def last_checkpoint(run_dir: Path) -> Checkpoint:
     last = CheckpointStore(run_dir).last
     assert last is not None, f"{run_dir} has no checkpoint"
     return load_checkpoint(last, training=True)
+
+
+def truncate_last_checkpoint(run_dir: Path) -> Path:
+    """As a disk does that loses what it had not written yet; returns the checkpoint."""
+    last = CheckpointStore(run_dir).last
+    assert last is not None, f"{run_dir} has no checkpoint"
+    weights = last / "weights.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    return last
 
 
 def figures(history: Iterable[Mapping[str, float]]) -> list[dict[str, float]]:

@@ -54,7 +54,9 @@ class SearchProgress(tune.Callback):  # type: ignore[misc]  # ray is untyped
             atexit.register(self.live.stop)  # after Ctrl+C too: it gives the cursor back
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._show(trial, "running", "-", "started")
+        store = CheckpointStore(self.search.inner(trial.trial_id).folder)
+        lost = ", ".join(f"{folder.name} is truncated" for folder in store.damaged)
+        self._show(trial, "running", "-", f"started; {lost}: it goes on from {store.last}" if lost else "started")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -17,6 +17,7 @@ from small_runs import (
     logged_epochs,
     open_data,
     recovery_shown,
+    truncate_last_checkpoint,
     wait_until,
 )
 
@@ -104,15 +105,18 @@ def test_the_decoding_is_calibrated_on_validation() -> None:
     assert scores.items() <= checkpoint.scores.items()
 
 
-def test_a_killed_run_is_resumed_as_if_undisturbed() -> None:
+@pytest.mark.parametrize("truncated", [False, True])
+def test_a_killed_run_is_resumed_as_if_undisturbed(truncated: bool, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--config", "small.yaml", "--data.synthetic.num_train", "100", "--train.epochs", "8")
     process = subprocess.Popen([*COMMAND, *words, "--run.name", "killed"], stdout=subprocess.DEVNULL)
     wait_until(lambda: len(logged_epochs(Path("runs/killed"))) >= 2 or process.poll() is not None, "the second epoch")
     process.kill()
     process.wait()
     assert 2 <= len(logged_epochs(Path("runs/killed"))) < 8
+    lost = truncate_last_checkpoint(Path("runs/killed")) if truncated else None
     with recovery_shown("a run killed, from --resume", lambda: Path("runs/killed")):
         assert answer("--resume", "runs/killed") == 0
+    assert (f"{lost} is truncated: the run goes on from runs/killed/" in capsys.readouterr().out) == truncated
     assert logged_epochs(Path("runs/killed")) == list(range(1, 9))
     assert answer(*words, "--run.name", "undisturbed") == 0
     assert_same_run(Path("runs/killed"), Path("runs/undisturbed"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,15 @@ import pytest
 import ray
 import torch
 from ray.util.state import list_actors
-from small_runs import figures, last_checkpoint, logged_epochs, recovery_shown, small_config, wait_until
+from small_runs import (
+    figures,
+    last_checkpoint,
+    logged_epochs,
+    recovery_shown,
+    small_config,
+    truncate_last_checkpoint,
+    wait_until,
+)
 
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
@@ -342,8 +351,9 @@ def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
     assert "out of memory in step 0 with data.batch_size 2 in train.accumulate 2 parts" in failed.failure
 
 
+@pytest.mark.parametrize("truncated", [False, True])
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    truncated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "search"
 
@@ -351,16 +361,23 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
         return {path.parent: len(logged_epochs(path.parent)) for path in folder.glob("*/metrics.jsonl")}
 
     def kill_the_trial() -> Path:
-        wait_until(lambda: any(running_epochs().values()), "the first epoch of a trial")
+        wait_until(lambda: any(num > 1 for num in running_epochs().values()), "two epochs of a trial")
         actors = list_actors(address=ray.get_runtime_context().gcs_address, limit=1000)
         [victim] = [a.pid for a in actors if a.class_name.endswith("ImplicitFunc") and a.state == "ALIVE"]
         os.kill(victim, signal.SIGKILL)
-        return next(iter(running_epochs()))
+        [run_dir] = running_epochs()
+        if truncated:  # sooner than another process has started
+            truncate_last_checkpoint(run_dir)
+        return run_dir
 
     changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "train.epochs": 12}
     with recovery_shown("a trial's process killed", kill_the_trial):
         _, [trial] = run_search(folder, **changes)
-    assert " died - its process ended; it is started again " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert " died - its process ended; it is started again " in said
+    assert (
+        bool(re.search(r"started; epoch-\S+ is truncated: it goes on from \S+/checkpoints/epoch-", said)) == truncated
+    )
     assert trial.failure is None
     assert logged_epochs(folder / trial.id) == list(range(1, 13))
     first = json.loads((folder / trial.id / "metrics.jsonl").read_text().split("\n")[0])
