@@ -82,6 +82,14 @@ def test_throughput_names_a_missing_folder() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_loader_ends_with_a_ratio_for_each_number_of_threads() -> None:
+    tiny = ("--encoder", "resnet10t", "--crop-px", "32", "--batch-size", "2", "--steps", "2", "--rounds", "1")
+    result = result_of(run("loader.py", *tiny, "--precision", "fp32", "--loader-threads", "0", "2"))
+    assert set(result["loop_vs_bare"]) == {"0", "2"}
+    assert all(ratio > 0 for ratio in result["loop_vs_bare"].values())
+    assert result["precision"] == "float32"
+
+
 @pytest.mark.slow
 def test_the_ablation_ends_with_its_ratios(tmp_path: Path) -> None:
     write_nucleus_folder(SyntheticConfig(num_train=12, num_test=1), tmp_path / "data")
