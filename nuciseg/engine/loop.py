@@ -30,7 +30,7 @@ from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
 from nuciseg.metrics import ImageScores, Scores, rank
 from nuciseg.models import freeze_encoder
-from nuciseg.optim import average_weights, build_optimizer, learning_rate_at, load_optimizer_state, set_learning_rate
+from nuciseg.optim import AveragedWeights, build_optimizer, learning_rate_at, load_optimizer_state, set_learning_rate
 from nuciseg.types import Batch
 
 
@@ -70,9 +70,10 @@ class Trainer:
         self.loss = build_loss(config.loss).to(place.device)
         self.loss_names = ("loss", *self.loss.terms)
         self.optimizer = build_optimizer(config.optim, self.network.model)
+        self.parameters = [*self.network.model.parameters()]  # a walk through the network takes time
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=self.network.precision.needs_loss_scaling)
         decay = config.train.ema_decay
-        self.averaged = average_weights(self.network.model, decay) if decay is not None else None
+        self.averaged = AveragedWeights(self.network.model, decay) if decay is not None else None
         self.diameters = data.diameters() if place.rank == 0 else None  # the one that writes checkpoints
         self.data_format = format_of(config.data)  # looks into folders: once, not in each epoch
         self.progress, self.part, self.stopped = Progress(), EpochPart(), False
@@ -195,13 +196,13 @@ class Trainer:
         sums = self._backward(batch, global_size) if batch is not None else self._backward_nothing()
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), limit if limit is not None else float("inf"))
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
         loss, wish = self._agreed(sums["loss"])
         self._refuse_non_finite(loss, sums, global_size, norm, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.network.model)
+            self.averaged.update()
         return sums, wish
 
     def _agreed(self, loss: torch.Tensor) -> tuple[torch.Tensor, Wish]:

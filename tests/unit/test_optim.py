@@ -10,9 +10,9 @@ from torch import nn
 
 from nuciseg.models import TimmConfig, UnetConfig, build_model
 from nuciseg.optim import (
+    AveragedWeights,
     OptimConfig,
     ScheduleConfig,
-    average_weights,
     build_optimizer,
     learning_rate_at,
     set_learning_rate,
@@ -116,17 +116,20 @@ def test_encoder_has_its_own_learning_rate() -> None:
 
 def test_averaged_weights_warm_up_and_follow_buffers() -> None:
     model = nn.BatchNorm1d(1)
-    averaged = average_weights(model, decay=0.5)
+    averaged = AveragedWeights(model, decay=0.5)
     expected_weight, expected_mean = None, None
     for step in range(12):
         with torch.no_grad():
             model.weight.fill_(step)
             model.running_mean.fill_(10 * step)  # type: ignore[union-attr]
             model.num_batches_tracked.fill_(step)  # type: ignore[union-attr]
-        averaged.update_parameters(model)
+        averaged.update()
         decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
         expected_weight = step if expected_weight is None else decay * expected_weight + (1 - decay) * step
         expected_mean = 10 * expected_weight
-    assert averaged.module.weight.item() == pytest.approx(expected_weight)
-    assert averaged.module.running_mean.item() == pytest.approx(expected_mean)
-    assert averaged.module.running_mean.item() < model.running_mean.item()  # type: ignore[union-attr]
+    found = averaged.module.state_dict()
+    assert found["weight"].item() == pytest.approx(expected_weight)
+    assert found["running_mean"].item() == pytest.approx(expected_mean)
+    assert found["running_mean"].item() < model.running_mean.item()  # type: ignore[union-attr]
+    assert found["num_batches_tracked"].item() == 11
+    assert averaged.n_averaged.item() == 12
