@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -21,6 +22,15 @@ from nuciseg.engine.files import Request
 from nuciseg.errors import ResourceError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(autouse=True)
+def _places_are_free_again() -> Iterator[None]:
+    """Ray Data lets go of a pool that was left in the middle when Python collects it; later tests want all CPUs."""
+    yield
+    gc.collect()
+    all_cpus = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == all_cpus, "the places of the pool", 60)
 
 
 @pytest.fixture(scope="module")

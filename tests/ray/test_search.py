@@ -214,7 +214,9 @@ def test_trials_of_two_workers_use_the_whole_cluster_and_free_it(
     _, trials = run_search(tmp_path / "search", **changes)
     assert len(trials) == 2
     assert all(trial.failure is None for trial in trials)
-    assert [(trial.sample["optim.lr"], trial.epochs) for trial in trials] == [(LEARNS, 3), (STAYS[0], 1)]
+    assert [trial.sample["optim.lr"] for trial in trials] == [LEARNS, STAYS[0]]
+    assert trials[0].epochs == 3
+    assert trials[1].epochs < 3  # its workers train on for the moment until Tune has ended them
     printed = capsys.readouterr().out
     number = trials[0].id.rsplit("_", 1)[-1]
     for epoch in (1, 2, 3):
