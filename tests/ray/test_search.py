@@ -182,7 +182,9 @@ def test_samplers_draw_by_the_seed(sampler: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_population_takes_over_the_weights_of_its_best(tmp_path: Path) -> None:
     changes = {"search.sampler": "random", "search.scheduler": "pbt", "search.num_trials": 4, "search.grace_epochs": 2,
-               "train.epochs": 6, "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}}}  # fmt: skip
+               "train.epochs": 6, "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}},
+               # Long epochs: a trial that ends before the others have begun takes nothing from them.
+               "data.synthetic.num_train": 150}  # fmt: skip
     folder = tmp_path / "search"
     _, trials = run_search(folder, **changes)
     assert all(trial.failure is None and trial.epochs == 6 for trial in trials)
