@@ -172,26 +172,27 @@ class AveragedWeights:
     (the warm-up of TensorFlow's ExponentialMovingAverage). The first update copies. Whole numbers are copied always.
 
     PyTorch's `AveragedModel` walks through both networks at each update, averages batch normalisation's counts one by
-    one and asks the GPU for its own count, which for small networks takes eight times as long.
+    one and asks the GPU for its own count.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(model)
         self.n_averaged = torch.tensor(0)
-        pairs = list(zip(_tensors_of(self.module), _tensors_of(model), strict=True))
-        self._to_average = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._to_copy = [pair for pair in pairs if not pair[0].is_floating_point()]
+        averages, currents = _tensors_of(self.module), _tensors_of(model)
+        self._averages, self._currents = (
+            [each for each in of if each.is_floating_point()] for of in (averages, currents)
+        )
+        self._counts = [pair for pair in zip(averages, currents, strict=True) if not pair[0].is_floating_point()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Average in what the model has now."""
         n = int(self.n_averaged)
         make_update = cast(Callable[[float], Callable[..., None]], get_ema_multi_avg_fn)
-        averages, currents = map(list, zip(*self._to_average, strict=True))
-        make_update(min(self.decay, (1 + n) / (10 + n)) if n else 0.0)(averages, currents, None)
-        for average, current in self._to_copy:
-            average.copy_(current)
+        make_update(min(self.decay, (1 + n) / (10 + n)) if n else 0.0)(self._averages, self._currents, None)
+        for kept, current in self._counts:
+            kept.copy_(current)
         self.n_averaged += 1
 
 

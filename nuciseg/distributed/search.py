@@ -184,7 +184,8 @@ def _attempt(sample: dict[str, Any], plan: Plan) -> None:
         raise failure
     try:
         job = _trial_job(sample, plan, mirror)
-        device = device_of_trial(plan.need)
+        # Larger trials' workers have the GPUs; this process, on a head without one, only looks after them.
+        device = torch.device("cpu") if job.config.scale.max_workers > 1 else device_of_trial(plan.need)
     except NucisegError as error:
         note_failure(run_dir, error)
         mirror.push()

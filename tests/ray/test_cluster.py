@@ -46,7 +46,7 @@ from pathlib import Path
 from nuciseg.config import load_config
 from nuciseg.distributed.cluster import connect
 from nuciseg.distributed.search import start_search
-connect(verbose=False, num_cpus=1, num_gpus=1)
+connect(verbose=False, num_cpus=2, num_gpus=2)
 [trial] = start_search(load_config(Path("config.yaml")), Path("runs/search"), verbose=False)
 print(f"{trial.epochs} epochs, failure: {trial.failure}")
 """
@@ -76,6 +76,20 @@ def test_a_trial_computes_on_the_gpu_that_it_was_given(tmp_path: Path, monkeypat
         )
         assert re.search(sees_none, said), said
         assert " trial 00000 failed - this trial was given a GPU" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where the trial's own process has no GPU")
+def test_the_process_that_looks_after_a_trial_of_several_workers_needs_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets as far as the workers, which cannot talk by NCCL here."""
+    monkeypatch.chdir(tmp_path)
+    space = {"search.sampler": "grid", "search.space": {"optim.lr": {"choice": [0.1]}}}
+    write_config(small_config(**space, **{"scale.num_workers": 2, "run.max_failures": 0}), Path("config.yaml"))
+    said = run_script(TRIAL)
+    assert "0 epochs, failure: " in said
+    assert "was given a GPU" not in said
+    assert "the workers died" in said, said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has SCHED_BATCH")
