@@ -15,61 +15,17 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from throughput import bare_loop, equal_canvases, nuciseg_loop
 
-from nuciseg.config import Config, load_config
+from nuciseg.config import load_config
 from nuciseg.engine.checkpoint import CheckpointStore
-from nuciseg.engine.datasets import TrainingSet, open_training_set
+from nuciseg.engine.datasets import open_training_set
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import Trainer
-from nuciseg.engine.network import build_network
 from nuciseg.engine.precision import local_device
-from nuciseg.losses import build_loss
-from nuciseg.optim import build_optimizer
-
-
-class Bare:
-    """The network alone, on the first batch."""
-
-    def __init__(self, config: Config, data: TrainingSet, device: torch.device) -> None:
-        self.network = build_network(config, data.in_channels, device)
-        self.loss = build_loss(config.loss).to(device)
-        self.optimizer = build_optimizer(config.optim, self.network.model)
-        loaded = data.training_data.load(data.training_data.plan(1, config.data.batch_size)[0], epoch=1).batch
-        assert loaded is not None  # one worker has every image of a batch
-        self.batch = loaded.to(device, self.network.precision.channels_last)
-
-    def step_s(self, num_steps: int) -> float:
-        start = time.perf_counter()
-        self.network.model.train()
-        for _ in range(num_steps):
-            self.optimizer.zero_grad(set_to_none=True)
-            with self.network.precision.autocast():
-                logits_BKHW = self.network.model(self.batch.images_BCHW)
-            self.loss(logits_BKHW, self.batch.targets_BKHW, self.batch.valid_BHW)["loss"].mean().backward()
-            self.optimizer.step()
-        if self.batch.images_BCHW.is_cuda:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / num_steps
-
-
-class Loop:
-    """nuciseg's own loop with a number of loader threads."""
-
-    def __init__(self, config: Config, data: TrainingSet, device: torch.device, threads: int, folder: Path) -> None:
-        config = config.replaced({"data.num_loader_threads": threads})
-        self.trainer = Trainer(config, data, Place(device=device), CheckpointStore(folder / str(threads)))
-        self.epoch = 0
-
-    def step_s(self, num_steps: int) -> float:
-        self.epoch += 1
-        start = time.perf_counter()
-        self.trainer.train_epoch(self.epoch)  # ends with figures from the device
-        return (time.perf_counter() - start) / num_steps
 
 
 def main() -> None:
@@ -83,34 +39,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of a round (20)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that warms up (5)")
     arguments = parser.parse_args()
-    device, num_steps = local_device(), arguments.steps
-    num_images = num_steps * arguments.batch_size
+    device, num_images = local_device(), arguments.steps * arguments.batch_size
     config = load_config(overrides={
         "data": {"synthetic": {"num_train": num_images * 5 // 4 + 2, "num_test": 1},
                  "batch_size": arguments.batch_size, "crop_px": arguments.crop_px},
         "model": {"kind": "timm", "encoder": arguments.encoder},
         "train": {"precision": arguments.precision, "compile": arguments.compile, "epochs": arguments.rounds + 1},
     })  # fmt: skip
-    data = open_training_set(config, stride=32)
-    whole = data.training_data
-    data = replace(data, training_data=replace(whole, indices=whole.indices[:num_images], multiple=arguments.crop_px))
+    data = equal_canvases(open_training_set(config, stride=32), config, num_images)
     with tempfile.TemporaryDirectory() as folder:
-        bare = Bare(config, data, device)
-        loops = {threads: Loop(config, data, device, threads, Path(folder)) for threads in arguments.loader_threads}
+        trainers = [
+            Trainer(
+                config.replaced({"data.num_loader_threads": threads}),
+                data,
+                Place(device=device),
+                CheckpointStore(Path(folder) / str(threads)),
+            )
+            for threads in arguments.loader_threads
+        ]
+        loops = [bare_loop(config, data, device), *map(nuciseg_loop, trainers)]
         rows = []
         for number in range(arguments.rounds + 1):
-            row = [bare.step_s(num_steps), *(loop.step_s(num_steps) for loop in loops.values())]
+            row = [loop().images_per_s for loop in loops]
             if number:
                 rows.append(row)
-                print("ms a step: " + "  ".join(f"{1e3 * seconds:.1f}" for seconds in row), flush=True)
-        for loop in loops.values():
-            loop.trainer.close()
-    ratios = [statistics.median(row[0] / row[place] for row in rows) for place in range(1, len(loops) + 1)]
+                print("ms a step: " + "  ".join(f"{1e3 * arguments.batch_size / rate:.1f}" for rate in row), flush=True)
+        for trainer in trainers:
+            trainer.close()
+    ratios = [statistics.median(row[place] / row[0] for row in rows) for place in range(1, len(loops))]
     print(json.dumps({
-        "loop_vs_bare": {threads: round(ratio, 3) for threads, ratio in zip(loops, ratios, strict=True)},
-        "bare_ms": round(1e3 * statistics.median(row[0] for row in rows), 2),
+        "loop_vs_bare": {
+            threads: round(ratio, 3) for threads, ratio in zip(arguments.loader_threads, ratios, strict=True)
+        },
+        "bare_ms": round(1e3 * arguments.batch_size / statistics.median(row[0] for row in rows), 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(bare.network.precision.dtype or torch.float32).removeprefix("torch."),
+        "precision": str(trainers[0].network.precision.dtype or torch.float32).removeprefix("torch."),
         **{name: getattr(arguments, name) for name in ("encoder", "batch_size", "crop_px", "compile", "rounds")},
     }))  # fmt: skip
 

@@ -85,13 +85,13 @@ def _cpu_s() -> float:
 
 
 # ------------------------------------------------------------------------------------------------ the three loops
-def bare_loop(config: Config, data: TrainingSet) -> Callable[[], Run]:
+def bare_loop(config: Config, data: TrainingSet, device: torch.device = CPU.device) -> Callable[[], Run]:
     """(a): as many steps as an epoch of the others has, all on the first batch."""
-    network = _network(config, data)
-    loss, optimizer = build_loss(config.loss), build_optimizer(config.optim, network.model)
+    network = _network(config, data, device)
+    loss, optimizer = build_loss(config.loss).to(device), build_optimizer(config.optim, network.model)
     loaded = data.training_data.load(data.training_data.plan(1, config.data.batch_size)[0], epoch=1).batch
     assert loaded is not None  # one worker has every image of a batch
-    batch = loaded.to(CPU.device, network.precision.channels_last)
+    batch = loaded.to(device, network.precision.channels_last)
     num_steps = len(data.training_data.indices) // len(batch)
 
     def run() -> Run:
@@ -103,6 +103,8 @@ def bare_loop(config: Config, data: TrainingSet) -> Callable[[], Run]:
                 logits_BKHW = network.model(batch.images_BCHW)
             loss(logits_BKHW, batch.targets_BKHW, batch.valid_BHW)["loss"].mean().backward()
             optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return clock.run(num_steps * len(batch))
 
     return run
@@ -153,9 +155,9 @@ def alternate(
 
 
 # ------------------------------------------------------------------------------------------------------ the set-up
-def _network(config: Config, data: TrainingSet) -> Network:
+def _network(config: Config, data: TrainingSet, device: torch.device = CPU.device) -> Network:
     torch.manual_seed(config.seed)
-    return build_network(config, data.in_channels, CPU.device)
+    return build_network(config, data.in_channels, device)
 
 
 def equal_canvases(data: TrainingSet, config: Config, num_images: int) -> TrainingSet:
