@@ -51,7 +51,6 @@ LONGEST_FIRST = (
     "test_lost_nodes_searches.py",
     "test_aws_launch.py",
     "test_lost_nodes.py",
-    "test_image.py",
     "test_readme.py",
     "ray",
     "cli",

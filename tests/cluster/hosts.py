@@ -63,6 +63,7 @@ mount --bind /run/host/tmp /tmp
 mount --bind /run/host/hosts /etc/hosts
 if [ -e /etc/resolv.conf ]; then mount --bind /run/host/resolv.conf "$(readlink -f /etc/resolv.conf)"; fi
 mount -t tmpfs -o "size=$memory" tmpfs /dev/shm
+. /run/host/boot
 number=0
 for visible in "$@"; do
     number=$((number + 1)); path=${visible#*:}
@@ -208,11 +209,16 @@ class Lan:
             self._switch.kill()
             self._switch.wait()
 
-    def add(self, name: str, number: int, *, has_key: bool = False, login: Sequence[str] = ()) -> Host:
-        """Start a new host with address 10.77.0.`number`; `login` are lines for its ~/.bashrc."""
+    def add(self, name: str, number: int, *, has_key: bool = False, login: Sequence[str] = (), boot: str = "") -> Host:
+        """Start a new host with address 10.77.0.`number`.
+
+        `login` are lines for its ~/.bashrc, `boot` is shell that root runs each time before the SSH server starts, with
+        the host's own folder as /run/host.
+        """
         host = Host(name, f"{NETWORK}.{number}", self._folder / name)
         self._hosts.append(host)
         self._furnish(host, has_key, login)
+        (host.folder / "boot").write_text(boot)
         self.power_on(host)
         return host
 

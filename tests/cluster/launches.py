@@ -62,10 +62,9 @@ def submit(laptop: Host, words: Sequence[str], *, timeout_s: float) -> str:
     return str(job)
 
 
-def printed_by(job: str, head: Host) -> str:
-    """What a job has printed up to now, as the head keeps it."""
-    logs = head.folder.glob(f"tmp/ray/session_*/logs/job-driver-{job}.log")
-    return "\n".join(log.read_text(errors="replace") for log in logs)
+def printed_by(job: str, head: Host, inside: str = "") -> str:
+    """What a job has printed up to now, as the head keeps it; `inside` comes before a command of its container."""
+    return head.run(f"{inside} sh -c 'cat /tmp/ray/session_*/logs/job-driver-{job}.log'", timeout_s=60).stdout
 
 
 def wait_for_end(job: str, laptop: Host, *, limit_s: float) -> str:
