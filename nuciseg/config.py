@@ -125,7 +125,11 @@ class RunConfig(Section):
         Path("runs"), description="folder of all runs, s3:// and gs:// too; else on a cluster one that all nodes share"
     )
     group: str | None = Field(None, description="W&B group; none: the name of the run or search")
-    max_failures: int = Field(3, ge=0, description="times that a run whose worker died is taken up again")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="times in a row, without an epoch in between, that a run whose worker died is taken up again",
+    )
     checkpoint_minutes: float | None = Field(
         None, gt=0, description="longest time without a checkpoint, for long epochs; none: one after each epoch"
     )

@@ -25,6 +25,7 @@ from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, device_of_trial, require_room_for_runs, worker_need
 from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.final import FINAL_FOLDER
+from nuciseg.distributed.forgiveness import Forgiveness
 from nuciseg.distributed.limits import (
     ClosedError,
     Limits,
@@ -43,6 +44,7 @@ from nuciseg.distributed.storage import await_seen, require_shared
 from nuciseg.distributed.training import fit_workers, reported, storage_of_ray
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, best_first, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
+from nuciseg.distributed.watchdog import ended_where_it_hangs
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE, Job, best_score, conclude_stopped, run_worker
 from nuciseg.engine.checkpoint import TRAINING_FILE, CheckpointStore, load_checkpoint, write_json
 from nuciseg.engine.datasets import check_data
@@ -165,7 +167,7 @@ def _run_trial(sample: dict[str, Any], plan: Plan) -> None:
 
     Both stand noted in the trial's folder, where the last table finds the reason.
     """
-    with contextlib.suppress(TrainingError):
+    with contextlib.suppress(TrainingError), ended_where_it_hangs():
         _attempt(sample, plan)
 
 
@@ -349,13 +351,17 @@ def _run_config(config: Config, search: Mirror, concurrent: int) -> tune.RunConf
         verbose=0,
         callbacks=_callbacks(config, search, concurrent),
         # A trial whose process died goes on from its checkpoint; one with a noted failure ends again at once.
-        failure_config=tune.FailureConfig(max_failures=config.run.max_failures),
+        failure_config=tune.FailureConfig(max_failures=config.run.max_failures),  # in a row: see Forgiveness
         checkpoint_config=tune.CheckpointConfig(num_to_keep=HANDED_OVER),
     )
 
 
 def _callbacks(config: Config, search: Mirror, concurrent: int) -> list[tune.Callback]:
-    callbacks = [SearchProgress(config, search, concurrent), Limits(search, concurrent)]
+    callbacks = [
+        SearchProgress(config, search, concurrent),
+        Forgiveness(config.run.max_failures),
+        Limits(search, concurrent),
+    ]
     return callbacks if search.uri is not None else [*callbacks, Newcomers(search.folder)]
 
 

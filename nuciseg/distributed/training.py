@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -35,7 +36,7 @@ from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
 from nuciseg.errors import ResourceError, StorageAwayError, TrainingError
 from nuciseg.scale import ScaleConfig, WorkerRange
-from nuciseg.tracking import METRICS_FILE
+from nuciseg.tracking import METRICS_FILE, read_metrics
 
 LOOK_FOR_ROOM_S = 20.0  # Ray counts the nodes as often
 # Where a node was lost Ray may still count it, and wait for room on it. Ray's own 60 s are for a number that is fixed.
@@ -57,7 +58,7 @@ def run_training(job: Job) -> None:
     """Train `job` to the end on `scale.num_workers` workers, from the last checkpoint in its folder.
 
     One worker runs in this process: a second layer of actors would cost about 10 s and give nothing (unless the
-    cluster's GPUs are on other machines). Workers that die are started again, up to `run.max_failures` times.
+    cluster's GPUs are on other machines). Workers that die are started again, up to `run.max_failures` times in a row.
     Raises NucisegError.
     """
     quieten(job.verbose)
@@ -91,7 +92,9 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         patience = {ROOM_TIMEOUT_VARIABLE: os.environ.get(ROOM_TIMEOUT_VARIABLE, str(ROOM_TIMEOUT_S))}
     else:
         workers = config.scale.num_workers
-    trainer = TorchTrainer(
+    # Ray's trainer lives for one `fit`.
+    make_trainer = partial(
+        TorchTrainer,
         train_loop,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
@@ -112,8 +115,23 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
         job.run_dir.mkdir(parents=True, exist_ok=True)
         (job.run_dir / STARTED_FILE).touch()
     job.mirror.push()
+    with environment(patience):
+        while not _fitted(make_trainer(), job):
+            pass
+    failure = noted_failure(job.run_dir)
+    if failure is not None:
+        raise failure
+
+
+def _fitted(trainer: TorchTrainer, job: Job) -> bool:
+    """Whether the run came to its end; False where its workers died too often, but came to an epoch meanwhile.
+
+    Raises what ended the run.
+    """
+    history = job.run_dir / METRICS_FILE
+    num_epochs = len(read_metrics(history))
     try:
-        with environment(patience), job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
+        with job.mirror.exchanging(sent=(STOP_FILE,), received=(METRICS_FILE,)):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         _raise_known(error)
@@ -123,17 +141,17 @@ def fit_workers(job: Job, need: Need, callbacks: list[Any]) -> None:
             failures = list(_worker_failures(error))
             if failures and all(map(_is_mistake, failures)):
                 raise  # of ours: its traceback is wanted
+            if len(read_metrics(history)) > num_epochs:
+                return False
             failure = TrainingError(
-                f"the workers died more often than run.max_failures ({config.run.max_failures}) allows; go on with "
+                f"the workers died more often than run.max_failures ({job.config.run.max_failures}) allows; go on with "
                 f"--resume {job.mirror} ({_last_line(error)})"
             )
             note_failure(job.run_dir, failure)
             job.mirror.push()
         raise failure from error
     job.mirror.fetch()
-    failure = noted_failure(job.run_dir)
-    if failure is not None:
-        raise failure
+    return True
 
 
 def train_loop(arguments: dict[str, Any]) -> None:

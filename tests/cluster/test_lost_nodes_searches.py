@@ -30,7 +30,7 @@ def write_search(folder: Path, name: str, rates: list[float], epochs: int) -> Co
         name,
         train={"epochs": epochs},
         scale={"num_workers": 1},
-        run={"max_failures": 20},
+        run={"max_failures": 5},  # in a row: a trial may lose its node several times while its process starts
         search={
             "sampler": "grid",
             "scheduler": "none",

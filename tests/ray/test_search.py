@@ -28,10 +28,12 @@ from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed import search
 from nuciseg.distributed.search import resume_search, start_search, winner
 from nuciseg.distributed.trials import RESULTS_FILE, Trial
+from nuciseg.distributed.watchdog import TIMEOUT_VARIABLE
 from nuciseg.distributed.worker import FINISHED_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS, find_checkpoint, load_checkpoint
 from nuciseg.errors import DataError
 from nuciseg.reporting.records import SearchRecord, read_folder
+from nuciseg.tracking import read_metrics
 
 # At the first learning rate the network finds borders within an epoch, at the others its weights stay as drawn.
 LEARNS, STAYS = 0.05, [1e-9, 1e-8, 1e-7]
@@ -353,6 +355,64 @@ def test_a_trial_without_memory_is_tried_once_more_with_half_the_parts(
     assert last_checkpoint(tmp_path / "search" / mended.id).config.train.accumulate == 2
     assert failed.failure is not None
     assert "out of memory in step 0 with data.batch_size 2 in train.accumulate 2 parts" in failed.failure
+
+
+def test_a_trial_that_dies_after_each_epoch_comes_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on spot machines: deaths count in a row, and each epoch makes good for those before it."""
+    run_trial = search._run_trial
+
+    def doomed(sample: dict[str, Any], plan: Any) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        def num_epochs() -> int:
+            return sum(len(read_metrics(path)) for path in plan.folder.glob("*/metrics.jsonl"))
+
+        def doomed_step(*_: Any) -> Any:
+            if num_epochs() > num_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*_)
+
+        num_before, step = num_epochs(), Trainer._step
+        Trainer._step = doomed_step  # type: ignore[method-assign]
+        run_trial(sample, plan)
+
+    monkeypatch.setattr(search, "_run_trial", doomed)
+    changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "run.max_failures": 1, "train.epochs": 4}
+    _, [trial] = run_search(tmp_path / "search", **changes)
+    assert trial.failure is None
+    assert logged_epochs(tmp_path / "search" / trial.id) == [1, 2, 3, 4]
+
+
+def test_a_trial_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first epoch's report is its last sign: it halts itself, and does not die."""
+    run_trial = search._run_trial
+
+    def halted(sample: dict[str, Any], plan: Any) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        os.environ[TIMEOUT_VARIABLE] = "3"
+
+        def halting_step(*_: Any) -> Any:
+            begun = [path.parent for path in plan.folder.glob("*/metrics.jsonl")]
+            if begun and not (begun[0] / "halted").exists():
+                (begun[0] / "halted").touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return step(*_)
+
+        step = Trainer._step
+        Trainer._step = halting_step  # type: ignore[method-assign]
+        run_trial(sample, plan)
+
+    monkeypatch.setattr(search, "_run_trial", halted)
+
+    def await_halt() -> Path:
+        wait_until(lambda: [*tmp_path.glob("search/*/halted")] != [], "the halt of the trial")
+        return next(tmp_path.glob("search/*/halted")).parent
+
+    with recovery_shown("a trial halted, noticed after 3 s", await_halt):
+        _, [trial] = run_search(tmp_path / "search", **{"search.space": {"optim.lr": {"choice": [LEARNS]}}})
+    assert trial.failure is None
+    assert logged_epochs(tmp_path / "search" / trial.id) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("truncated", [False, True])

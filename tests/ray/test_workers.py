@@ -24,7 +24,7 @@ from nuciseg.distributed.training import check_room, run_training
 from nuciseg.distributed.worker import FINISHED_FILE, IMAGES_FILE, Job
 from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.errors import NonFiniteLossError, OutOfMemoryError, ResourceError, TrainingError
-from nuciseg.tracking import RunIdentity
+from nuciseg.tracking import RunIdentity, read_metrics
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -164,6 +164,37 @@ def test_a_run_whose_workers_die_again_and_again_ends_with_a_sentence(
     with pytest.raises(TrainingError, match=r"the workers died more often than run\.max_failures \(0\) allows"):
         run_training(make_job(run_dir, **{"run.max_failures": 0}))
     assert isinstance(noted_failure(run_dir), TrainingError)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_die_after_each_epoch_comes_to_its_end(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on spot machines: deaths count in a row, and each epoch makes good for those before it."""
+    train_loop = training.train_loop
+
+    def doomed_train_loop(arguments: dict[str, Any]) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        metrics = arguments["job"].run_dir / "metrics.jsonl"
+        num_before = len(read_metrics(metrics))
+
+        def doomed_step(*_: Any) -> Any:
+            is_second = ray.train.get_context().get_world_rank() == 1
+            if is_second and len(read_metrics(metrics)) > num_before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*_)
+
+        step = Trainer._step
+        Trainer._step = doomed_step  # type: ignore[method-assign]
+        train_loop(arguments)
+
+    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+    run_dir = tmp_path / "dying"
+    run_training(make_job(run_dir, **{"run.max_failures": 0}))
+    assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
+    assert_same_run(run_dir, undisturbed)
+    assert_one_wandb_run(run_dir)
 
 
 @pytest.mark.slow
