@@ -18,8 +18,10 @@ def held(work: Callable[..., Any], step_s: float) -> Callable[..., Any]:
     """`work`, which a worker runs, with steps that take `step_s` longer and can be held."""
 
     def working(*arguments: Any, **named: Any) -> Any:
+        from nuciseg.distributed import storage
         from nuciseg.engine.loop import Trainer
 
+        storage.SEEN_TIMEOUT_S = 10.0  # here no folder is a network's, which may show late what was written
         step = Trainer._step
 
         def held_step(self: Trainer, *arguments: Any) -> Any:

@@ -85,12 +85,12 @@ def require_shared_by_joined(folder: Path, known: set[str]) -> None:
     _refuse(f"the search lies in {folder}", answers, _share_it(STORAGE_SETTING))
 
 
-def await_seen(path: Path, timeout_s: float = SEEN_TIMEOUT_S) -> None:
+def await_seen(path: Path) -> None:
     """Wait until `path`, which another machine has written, is seen by this one: a network's folder may show it late.
 
-    Raises StorageAwayError, which names this machine, where it is not seen within `timeout_s`.
+    Raises StorageAwayError, which names this machine, where it is not seen within a minute.
     """
-    until_s = time.monotonic() + timeout_s
+    until_s = time.monotonic() + SEEN_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > until_s:
             raise StorageAwayError(

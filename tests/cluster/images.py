@@ -14,6 +14,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,18 +114,19 @@ def _build(image: Image) -> Path:
     def buildah(*words: str | Path, timeout_s: float) -> str:
         return _said_by("buildah", *store, *words, timeout_s=timeout_s)
 
-    try:
-        _said_by("debootstrap", "--variant=minbase", "bookworm", folder / "base", timeout_s=600)
-    except AssertionError as error:
-        pytest.skip(f"debootstrap could make no base: {str(error)[-300:]}")
+    base, wheels = folder / "base", folder / "wheels"
+    with ThreadPoolExecutor() as downloads:
+        downloaded = downloads.submit(_download_wheels, wheels)
+        made = subprocess.run(["debootstrap", "--variant=minbase", "bookworm", base], capture_output=True, text=True)
+        downloaded.result()
+    if made.returncode != 0:
+        pytest.skip(f"debootstrap could make no base: {made.stdout[-300:]}")
     (folder / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     container = buildah("from", "scratch", timeout_s=60)
-    buildah("add", "--quiet", container, folder / "base", "/", timeout_s=300)
+    buildah("add", "--quiet", container, base, "/", timeout_s=300)
     buildah("commit", "--quiet", "--rm", *policy, container, "base", timeout_s=300)
-    shutil.rmtree(folder / "base")
+    shutil.rmtree(base)
 
-    wheels = folder / "wheels"
-    _download_wheels(wheels)
     (folder / "pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
     mounts = [f"--volume={folder / 'pip.conf'}:/etc/pip.conf:ro", f"--volume={wheels}:/wheels:ro"]
     arguments = ["--build-arg=BASE=localhost/base", "--build-arg=COMPUTE=cpu", "--build-arg=TORCH_INDEX_URL=/wheels"]
