@@ -1,4 +1,4 @@
-"""The verbs with a data set in a bucket of a real S3 server."""
+"""The verbs with a data set in a bucket of a real server of S3, or of Google's storage."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gcs_server import serving_gcs
 from s3_server import make_bucket, upload_folder, use_server
 
 from nuciseg import evaluate, explore, train, tune
+from nuciseg.buckets import BucketFolder
 from nuciseg.cli import run_verb
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 
@@ -30,12 +32,24 @@ def answer(main: Callable[[list[str]], None], *words: str) -> int:
     return int(str(exit_.value.code))
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_run_on_a_bucket_is_trained_evaluated_and_explored(
-    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scheme: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_nucleus_folder(SyntheticConfig(num_train=6, num_test=2, mean_diameter_px=20.0), tmp_path / "data")
-    upload_folder(tmp_path / "data", f"s3://{bucket}/nuclei")
-    root = ("--data.root", f"s3://{bucket}/nuclei")
+    if scheme == "s3":
+        upload_folder(tmp_path / "data", f"s3://{bucket}/nuclei")
+        run_on(f"s3://{bucket}/nuclei", tmp_path, capsys)
+        return
+    with serving_gcs(monkeypatch) as uri:
+        nuclei = BucketFolder(f"{uri}/nuclei")
+        for path in (tmp_path / "data").rglob("*.*"):
+            nuclei.upload(path, path.relative_to(tmp_path / "data").as_posix())
+        run_on(f"{uri}/nuclei", tmp_path, capsys)
+
+
+def run_on(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ("--data.root", uri)
     assert answer(train.main, *root, *QUICK, "--run.name", "there") == 0
     assert answer(train.main, "--data.root", "data", *QUICK, "--run.name", "here") == 0
     splits = [json.loads((tmp_path / "runs" / name / "split.json").read_text()) for name in ("here", "there")]

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from gcs_server import serving_gcs
 from s3_server import make_bucket, serving_s3, use_server
 from small_runs import SMALL, last_checkpoint
 
@@ -42,10 +43,15 @@ SEARCH = {
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with serving_s3() as address:
-        use_server(address, monkeypatch)
-        yield f"s3://{make_bucket(address)}"
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a new bucket, in S3 unless the test is given "gs"."""
+    if getattr(request, "param", "s3") == "gs":
+        with serving_gcs(monkeypatch) as uri:
+            yield uri
+    else:
+        with serving_s3() as address:
+            use_server(address, monkeypatch)
+            yield f"s3://{make_bucket(address)}"
 
 
 @pytest.fixture
@@ -72,6 +78,7 @@ def end(family: list[psutil.Process]) -> None:
             process.kill()
 
 
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
 def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Path, start: Start) -> None:
     uri = f"{bucket}/runs/search"
     where = {"run": {"storage_path": f"{bucket}/runs", "name": "search"}}
