@@ -18,6 +18,7 @@ from small_runs import QUICK_TO_LEARN
 from nuciseg.config import merged
 
 JOBS = "http://127.0.0.1:8265"  # where `ray dashboard` forwards the cluster's dashboard to
+RAY_FOLDER = Path("/tmp") / "ray"  # on each node
 OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -64,7 +65,7 @@ def submit(laptop: Host, words: Sequence[str], *, timeout_s: float) -> str:
 
 def printed_by(job: str, head: Host, inside: str = "") -> str:
     """What a job has printed up to now, as the head keeps it; `inside` comes before a command of its container."""
-    return head.run(f"{inside} sh -c 'cat /tmp/ray/session_*/logs/job-driver-{job}.log'", timeout_s=60).stdout
+    return head.run(f"{inside} sh -c 'cat {RAY_FOLDER}/session_*/logs/job-driver-{job}.log'", timeout_s=60).stdout
 
 
 def wait_for_end(job: str, laptop: Host, *, limit_s: float) -> str:
