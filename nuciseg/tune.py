@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, folder_or_bucket, run_verb
-from nuciseg.errors import ConfigError, LimitReachedError
+from nuciseg.errors import ConfigError, LimitReachedError, StoppedError
 
 if TYPE_CHECKING:
     from pydantic_settings import CliSettingsSource
@@ -145,6 +145,9 @@ def _go_through(searches: Mirror, args: argparse.Namespace) -> None:
         except LimitReachedError as error:  # its own bound: the others have theirs
             print(error, flush=True)
             ended.append(error)
+        except StoppedError:
+            resume = f"python -m nuciseg.tune --resume {shlex.quote(str(searches))}"
+            raise StoppedError(f"asked to stop; the searches go on by `{resume}`") from None
     print(f"\nall {len(search_dirs)} searches: {searches}")
     if ended:
         raise LimitReachedError(

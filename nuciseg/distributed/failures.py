@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from nuciseg import errors
 from nuciseg.engine.checkpoint import read_json, write_json
-from nuciseg.errors import NucisegError, OutOfMemoryError
+from nuciseg.errors import NucisegError, OutOfMemoryError, StoppedError
 from nuciseg.patience import is_away, patiently
 
 FAILURE_FILE = "failure.json"
@@ -66,6 +67,29 @@ def stopped_by_sigterm(run_dir: Path) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, lambda *_: ask_to_stop(run_dir))
     try:
         yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _SigtermError(BaseException):
+    """No Exception: whatever catches those on the way is not to take it for a failure of its own."""
+
+
+@contextlib.contextmanager
+def sigterm_raises(error: StoppedError) -> Iterator[None]:
+    """Within, SIGTERM ends what is going on, and `error` comes out. Only the main thread is given signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _SigtermError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except _SigtermError:
+        raise error from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -18,11 +18,12 @@ from nuciseg.engine.loop import train
 from nuciseg.engine.planning import Pace
 
 MEASURED_STEPS = 4
+MEASURED_GPU_STEPS = 32  # the loader's threads run ahead there, and in few steps they only begin to
 MEASURED_VALIDATION = 8  # images
 
 
-def measure_pace(config: Config, data: TrainingSet, device: torch.device, num_steps: int = MEASURED_STEPS) -> Pace:
-    """The pace of one worker on `device`, of its second epoch of `num_steps`; PyTorch has the threads that it has.
+def measure_pace(config: Config, data: TrainingSet, device: torch.device) -> Pace:
+    """The pace of one worker on `device`, of its second epoch of a few steps; PyTorch has the threads that it has.
 
     On a CPU images are made in the worker's own thread: where every core trains, none is left to make them beside it.
     Raises what training raises.
@@ -31,6 +32,7 @@ def measure_pace(config: Config, data: TrainingSet, device: torch.device, num_st
     if device.type == "cpu":
         changes["data.num_loader_threads"] = 0
     config = config.replaced(changes)
+    num_steps = MEASURED_GPU_STEPS if device.type == "cuda" else MEASURED_STEPS
     part = _part_of(data, config.data.batch_size * num_steps)
     ended: list[tuple[float, Mapping[str, float]]] = []
     with tempfile.TemporaryDirectory(prefix="nuciseg-plan-") as folder:

@@ -6,6 +6,7 @@ Each driver starts its own Ray.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nuciseg.cli import INTERRUPTED
 from nuciseg.config import load_config, merged
 from nuciseg.distributed.trials import RESULTS_FILE
 from nuciseg.distributed.worker import FINISHED_FILE
+from nuciseg.errors import StoppedError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -92,8 +94,8 @@ def files_of(folder: Path) -> dict[Path, int]:
 
 @pytest.mark.parametrize(
     ("by", "num_trials", "final"),
-    [(signal.SIGKILL, 4, True), (signal.SIGINT, 3, False)],
-    ids=["SIGKILL", "SIGINT"],
+    [(signal.SIGKILL, 4, True), (signal.SIGINT, 3, False), (signal.SIGTERM, 3, False)],
+    ids=["SIGKILL", "SIGINT", "SIGTERM"],
 )
 def test_an_interrupted_search_goes_on_where_it_was(
     by: signal.Signals, num_trials: int, final: bool, tmp_path: Path, drivers: list[Driver]
@@ -116,7 +118,11 @@ def test_an_interrupted_search_goes_on_where_it_was(
     wait_until(
         lambda: bool(finished() and running()) or not drivers[0].process.is_running(), "a finished and a running trial"
     )
-    assert drivers[0].interrupt(by) == (-by if by == signal.SIGKILL else INTERRUPTED)
+    expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: INTERRUPTED, signal.SIGTERM: StoppedError.exit_code}
+    assert drivers[0].interrupt(by) == expected[by]
+    if by == signal.SIGTERM:
+        last = drivers[0].log.read_text().splitlines()[-1]
+        assert re.fullmatch(r"nuciseg: asked to stop; .* by `python -m nuciseg\.tune --resume \S+/runs/search`", last)
     assert not (folder / "final").exists()
     kept = {run_dir: (files_of(run_dir / "checkpoints"), files_of(run_dir / "wandb")) for run_dir in finished()}
     interrupted = {run_dir: (run_dir / "metrics.jsonl").read_text().split("\n")[0] for run_dir in running()}
