@@ -128,7 +128,7 @@ class RunConfig(Section):
     max_failures: int = Field(
         3,
         ge=0,
-        description="times in a row, without an epoch in between, that a run whose worker died is taken up again",
+        description="deaths in a row, without an epoch in between, after which a run or trial is still taken up again",
     )
     checkpoint_minutes: float | None = Field(
         None, gt=0, description="longest time without a checkpoint, for long epochs; none: one after each epoch"

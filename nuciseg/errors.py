@@ -7,7 +7,7 @@ NucisegError
 ├── ResourceError       more workers or GPUs than there are; no space, no permission
 │   └── StorageAwayError     a bucket does not answer; it may later
 ├── LimitReachedError   a search ended at its bound of hours or disk; what it found is kept, and it can go on
-├── StoppedError        a run was asked to end (SIGTERM); it can go on from its last step
+├── StoppedError        a run or search was asked to end (SIGTERM); it can go on from its checkpoints
 └── TrainingError       training cannot go on
     ├── NonFiniteLossError   the loss became NaN or infinite
     └── OutOfMemoryError     the batch does not fit

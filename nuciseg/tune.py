@@ -171,7 +171,20 @@ def _resume(location: Path | str, flags: Mapping[str, Any], args: argparse.Names
 
 
 def _search(config: Config, search: Mirror, args: argparse.Namespace, *, resumed: bool = False) -> None:
-    """One search from its first trial to its winner. Raises LimitReachedError where it came to a bound before."""
+    """One search from its first trial to its winner.
+
+    Raises LimitReachedError where it came to a bound before, StoppedError at SIGTERM.
+    """
+    from nuciseg.distributed.cluster import connect
+    from nuciseg.distributed.failures import sigterm_raises
+
+    connect(args.verbose)  # it has a handler of its own for SIGTERM
+    resume = f"python -m nuciseg.tune --resume {shlex.quote(str(search))}"
+    with sigterm_raises(StoppedError(f"asked to stop; what was finished is kept, and the rest goes on by `{resume}`")):
+        _search_to_the_end(config, search, args, resumed)
+
+
+def _search_to_the_end(config: Config, search: Mirror, args: argparse.Namespace, resumed: bool) -> None:
     from nuciseg.config import write_config
     from nuciseg.distributed.limits import SearchEndedError, refuse_late_winner
     from nuciseg.distributed.runs import describe_disk_need

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,25 +70,26 @@ def stopped_by_sigterm(run_dir: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _SigtermError(BaseException):
-    """No Exception: whatever catches those on the way is not to take it for a failure of its own."""
-
-
 @contextlib.contextmanager
 def sigterm_raises(error: StoppedError) -> Iterator[None]:
-    """Within, SIGTERM ends what is going on, and `error` comes out. Only the main thread is given signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Within, SIGTERM ends what is going on as Ctrl+C does, and `error` comes out.
 
-    def end(*_: object) -> None:
-        raise _SigtermError
+    Raised is KeyboardInterrupt: where Ray waits in its own code, it lets nothing else of a signal's handler through.
+    """
+    received = False
 
-    before = signal.signal(signal.SIGTERM, end)
+    def interrupt(*_: object) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except _SigtermError:
-        raise error from None
+    except KeyboardInterrupt:
+        if received:
+            raise error from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -16,7 +16,15 @@ class Forgiveness(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def __init__(self, max_failures: int) -> None:
         self.max_failures = max_failures
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.num_failures == 0:  # where a trial that failed is resumed Tune forgets its deaths, not their bound
+            self._allow(trial)
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self._allow(trial)
+
+    def _allow(self, trial: Any) -> None:
         trial.max_failures = trial.num_failures + self.max_failures
+        trial.invalidate_json_state()  # else Tune stores the bound before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from ray.tune.search.sample import Integer
 from nuciseg.buckets import BucketFolder
 from nuciseg.config import Config, load_config, write_config
 from nuciseg.distributed.cluster import Need, connect, device_of_trial, require_room_for_runs, worker_need
-from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, sigterm_raises, with_one_retry
+from nuciseg.distributed.failures import forget_failure, note_failure, noted_failure, with_one_retry
 from nuciseg.distributed.final import FINAL_FOLDER
 from nuciseg.distributed.forgiveness import Forgiveness
 from nuciseg.distributed.limits import (
@@ -51,7 +50,7 @@ from nuciseg.engine.checkpoint import TRAINING_FILE, CheckpointStore, load_check
 from nuciseg.engine.datasets import check_data
 from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
-from nuciseg.errors import ConfigError, NucisegError, StoppedError, TrainingError
+from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
 from nuciseg.tracking import RunIdentity
 
@@ -373,11 +372,8 @@ def _fit(tuner: tune.Tuner, plan: Plan) -> list[Trial]:
     # Tune would take Ctrl+C for the regular end of the search: its winner would be trained and evaluated.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     reopen(plan.search)
-    resume = f"python -m nuciseg.tune --resume {shlex.quote(str(plan.search))}"
     try:
-        with sigterm_raises(StoppedError(f"asked to stop; the trials go on from their checkpoints by `{resume}`")):
-            results = tuner.fit()
-        return _concluded(results, plan, frozenset())
+        return _concluded(tuner.fit(), plan, frozenset())
     except ClosedError as closed:
         storage = storage_of_ray(plan.search)
         analysis = tune.ExperimentAnalysis(

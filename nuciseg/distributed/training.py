@@ -58,8 +58,8 @@ def run_training(job: Job) -> None:
     """Train `job` to the end on `scale.num_workers` workers, from the last checkpoint in its folder.
 
     One worker runs in this process: a second layer of actors would cost about 10 s and give nothing (unless the
-    cluster's GPUs are on other machines). Workers that die are started again, up to `run.max_failures` times in a row.
-    Raises NucisegError.
+    cluster's GPUs are on other machines). Workers that die are started again, `run.max_failures` times in a row or some
+    more. Raises NucisegError.
     """
     quieten(job.verbose)
     check_room(job.config, verbose=job.verbose)

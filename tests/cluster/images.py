@@ -94,8 +94,10 @@ def built_image(name: str) -> Iterator[Image]:
         yield image
     finally:
         _unmount(folder)
-        for group in Path("/sys/fs/cgroup").glob(f"*/{folder.name}"):
-            subprocess.run(["find", group, "-depth", "-type", "d", "-exec", "rmdir", "{}", ";"], check=True)
+        groups = Path("/sys/fs/cgroup")
+        for group in (groups / folder.name, *groups.glob(f"*/{folder.name}")):  # of cgroups' second and first version
+            for inner, _, _ in os.walk(group, topdown=False):
+                os.rmdir(inner)
         shutil.rmtree(folder)
 
 

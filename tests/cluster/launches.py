@@ -65,7 +65,8 @@ def submit(laptop: Host, words: Sequence[str], *, timeout_s: float) -> str:
 
 def printed_by(job: str, head: Host, inside: str = "") -> str:
     """What a job has printed up to now, as the head keeps it; `inside` comes before a command of its container."""
-    return head.run(f"{inside} sh -c 'cat {RAY_FOLDER}/session_*/logs/job-driver-{job}.log'", timeout_s=60).stdout
+    command = f"{inside} sh -c 'cat {RAY_FOLDER}/session_*/logs/job-driver-{job}.log'"
+    return head.run(command, timeout_s=60, check=False).stdout
 
 
 def wait_for_end(job: str, laptop: Host, *, limit_s: float) -> str:

@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "AWS_SECRET_ACCESS_KEY": "none",
 }
 IN_CONTAINERS = {
+    "RAY_prestart_worker_first_driver": "0",  # processes that may never be used
     # Ray counts a silent machine as lost after 20 s, not 65: else the other one might do all the work in the meantime.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",

@@ -134,9 +134,9 @@ def test_a_node_that_joins_without_the_folder_ends_what_runs_in_one_sentence(
 def test_a_search_ends_as_a_calm_one_while_nodes_die_one_after_the_other(cluster: PlayedCluster) -> None:
     """Eight trials on three nodes; every 20 s for three minutes a node dies, and another one comes up."""
     rates = [0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05]
-    config = write_search(cluster.folder, "chaos", rates, epochs=24)
+    config = write_search(cluster.folder, "chaos", rates, epochs=20)
     cluster.have_nodes(3)
-    driver = cluster.drive("tune", "--config", "chaos.yaml", step_s=0.4)  # 40 s a trial at least
+    driver = cluster.drive("tune", "--config", "chaos.yaml", step_s=0.4)  # 32 s a trial at least
     wait_until(lambda: bool(trial_dirs(cluster.folder / "runs" / "chaos", finished=False)), "a trial")
     num_cut = 0
     until_s = time.monotonic() + 180

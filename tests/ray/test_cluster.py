@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from gloo_workers import on_workers
 from small_runs import small_config
 
 from nuciseg.config import write_config
-from nuciseg.distributed import training
+from nuciseg.distributed import storage, training
 from nuciseg.distributed.cluster import environment
 from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.worker import Job
@@ -115,7 +114,7 @@ def test_the_environment_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch
 
 
 def _who_sees_the_folder(place: Place, folders: list[Path]) -> bool | str:
-    training.await_seen = partial(training.await_seen, timeout_s=1.0)  # in a process of its own
+    storage.SEEN_TIMEOUT_S = 1.0  # in a process of its own
     identity = RunIdentity("run", "run", "group", "train", ())
     try:
         return training._all_see_folder(Job(small_config(), folders[place.rank], identity))
