@@ -123,7 +123,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     if by == signal.SIGTERM:
         last = drivers[0].log.read_text().splitlines()[-1]
         assert re.fullmatch(
-            r"nuciseg: asked to stop; .* goes on by `python -m nuciseg\.tune --resume \S+/runs/search`", last
+            r"nuciseg: asked to stop; .* goes on by `python -m nuciseg\.tune --resume \S*runs/search`", last
         )
     assert not (folder / "final").exists()
     kept = {run_dir: (files_of(run_dir / "checkpoints"), files_of(run_dir / "wandb")) for run_dir in finished()}
