@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LONGEST_FIRST = (
     "test_lost_nodes_searches.py",
     "test_aws_launch.py",
+    "test_on_prem.py",
     "test_lost_nodes.py",
+    "test_storage_lost.py",
     "test_readme.py",
     "ray",
     "cli",
