@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nuciseg.config import Config
 from nuciseg.distributed import training
 from nuciseg.distributed.failures import noted_failure
 from nuciseg.distributed.training import check_room, run_training
+from nuciseg.distributed.watchdog import TIMEOUT_VARIABLE
 from nuciseg.distributed.worker import FINISHED_FILE, IMAGES_FILE, Job
 from nuciseg.engine.checkpoint import CheckpointStore
 from nuciseg.errors import NonFiniteLossError, OutOfMemoryError, ResourceError, TrainingError
@@ -140,26 +142,32 @@ def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
     assert_one_wandb_run(run_dir)
 
 
-@pytest.mark.slow
-def test_a_run_whose_workers_die_again_and_again_ends_with_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second worker dies in each first step, and the other one loses the connection to it."""
+def kill_second_worker(monkeypatch: pytest.MonkeyPatch, condition: Callable[[Path], Callable[[], bool]]) -> None:
+    """It dies at each step where what `condition` made of the run's folder, as the worker began, is true."""
     train_loop = training.train_loop
 
     def doomed_train_loop(arguments: dict[str, Any]) -> None:
         from nuciseg.engine.loop import Trainer
 
+        is_due, step = condition(arguments["job"].run_dir), Trainer._step
+
         def doomed_step(*_: Any) -> Any:
-            if ray.train.get_context().get_world_rank() == 1:
+            if ray.train.get_context().get_world_rank() == 1 and is_due():
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*_)
 
-        step = Trainer._step
         Trainer._step = doomed_step  # type: ignore[method-assign]
         train_loop(arguments)
 
     monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_die_again_and_again_ends_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second worker dies in each first step, and the other one loses the connection to it."""
+    kill_second_worker(monkeypatch, lambda run_dir: lambda: True)
     run_dir = tmp_path / "dying"
     with pytest.raises(TrainingError, match=r"the workers died more often than run\.max_failures \(0\) allows"):
         run_training(make_job(run_dir, **{"run.max_failures": 0}))
@@ -171,25 +179,13 @@ def test_a_run_whose_workers_die_after_each_epoch_comes_to_its_end(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on spot machines: deaths count in a row, and each epoch makes good for those before it."""
-    train_loop = training.train_loop
 
-    def doomed_train_loop(arguments: dict[str, Any]) -> None:
-        from nuciseg.engine.loop import Trainer
-
-        metrics = arguments["job"].run_dir / "metrics.jsonl"
+    def an_epoch_more(run_dir: Path) -> Callable[[], bool]:
+        metrics = run_dir / "metrics.jsonl"
         num_before = len(read_metrics(metrics))
+        return lambda: len(read_metrics(metrics)) > num_before
 
-        def doomed_step(*_: Any) -> Any:
-            is_second = ray.train.get_context().get_world_rank() == 1
-            if is_second and len(read_metrics(metrics)) > num_before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*_)
-
-        step = Trainer._step
-        Trainer._step = doomed_step  # type: ignore[method-assign]
-        train_loop(arguments)
-
-    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+    kill_second_worker(monkeypatch, an_epoch_more)
     run_dir = tmp_path / "dying"
     run_training(make_job(run_dir, **{"run.max_failures": 0}))
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
@@ -199,7 +195,7 @@ def test_a_run_whose_workers_die_after_each_epoch_comes_to_its_end(
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")  # Ray's own: 10 minutes
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "5")  # Ray's own: 10 minutes
     run_dir = tmp_path / "hanging"
     before = worker_pids(alive=False)
     halted: list[int] = []
