@@ -151,11 +151,14 @@ class Host:
         return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
     def power_off(self) -> None:
-        """A power cut: every process is gone at once and nobody is told. The files stay."""
+        """A power cut: every process is gone when this returns and nobody was told. The files stay."""
         if self.process is not None:
+            first = self._first_process()
             self.process.kill()
             self.process.wait()
             self.process = None
+            # The kernel ends the first process of a namespace after all others of it.
+            wait_for(lambda: first is None or _has_ended(first), f"the end of all that ran on {self.name}", 60, 0.01)
 
     def _entered(self, command: str, cwd: str | Path) -> list[str]:
         first = self._first_process()
@@ -301,6 +304,13 @@ def _port(host: Host) -> str:
     """At the switch. Not by its name alone: the port of a host that was here before may still be on its way out."""
     assert host.process is not None, f"host {host.name} is off"
     return f"port{host.process.pid}"
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def wait_for(

@@ -40,12 +40,13 @@ def test_hosts_have_files_processes_and_names_of_their_own(tmp_path: Path) -> No
 def test_power_cut_ends_every_process_of_the_host(tmp_path: Path) -> None:
     with Lan(tmp_path / "lan") as lan:
         laptop, one = lan.add("laptop", 1, has_key=True), lan.add("one", 2)
-        laptop.run(f"{SSH} {one.address} 'nohup sleep 54321 >/dev/null 2>&1 &'", timeout_s=30)
-        assert one.processes() == ["sleep 54321"]
+        many = "for number in $(seq 300); do nohup sleep 54321 >/dev/null 2>&1 & done"
+        laptop.run(f"{SSH} {one.address} '{many}'", timeout_s=30)
+        wait_for(lambda: one.processes() == ["sleep 54321"] * 300, "as many processes", 30)
         sleeping = [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"] == ["sleep", "54321"]]
         assert sleeping
         one.power_off()
-        wait_for(lambda: not any(process.is_running() for process in sleeping), "the end of the process", 10)
+        assert not any(process.is_running() for process in sleeping)
         assert one.processes() == []
         assert laptop.run(f"{SSH} {one.address} true", timeout_s=30, check=False).returncode != 0
         lan.power_on(one)

@@ -112,7 +112,7 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint(cluster: PlayedCluster, undist
     hold(run_dir, later)
     spare = cluster.add_node()
     store = CheckpointStore(run_dir)
-    cluster.drain(going, deadline_s=30)
+    cluster.drain(going, deadline_s=20)
     drained_s = time.time()
     wait_until(lambda: time.time() > drained_s + 10, "Ray's look at its nodes, which it takes every five seconds")
     before = {path.name for path in store.folder.iterdir()}
