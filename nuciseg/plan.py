@@ -189,7 +189,7 @@ def _print_machines(
     for name in _machine_names(args, device):
         on = machine(name, dollars)
         scaled = _paces_on(name, on, works, measured, args, device)
-        at_once = args.nodes * (on.num_gpus or on.num_cpus) // config.scale.max_workers
+        at_once = _runs_at_once(config, on, args.nodes)
         if not at_once:
             table.add_row(f"{args.nodes} x {name}", "0", "-", "-", "-", "-", "-")
             continue
@@ -236,8 +236,16 @@ def _this_machine(config: Config, device: torch.device) -> tuple[Machine, int, s
     cores = os.cpu_count() or 1
     own_link_gbps = 80.0  # between processes or GPUs of one machine: to be measured by `nuciseg doctor`
     here = Machine(gpus, cores, 0.0, own_link_gbps)
-    at_once = max(1, (gpus or cores // (config.scale.cpus_per_worker or 1)) // config.scale.max_workers)
+    at_once = max(1, _runs_at_once(config, here, 1))
     return here, at_once if config.search.space else 1, f"{gpus} GPUs" if gpus else f"{cores} cores"
+
+
+def _runs_at_once(config: Config, on: Machine, num_machines: int) -> int:
+    """How many runs the machines have room for, as far as the search lets so many run."""
+    workers = num_machines * (on.num_gpus or on.num_cpus // (config.scale.cpus_per_worker or 1))
+    runs = workers // config.scale.max_workers
+    most = config.search.max_concurrent if config.search.space else None
+    return runs if most is None else min(runs, most)
 
 
 def _machine_names(args: argparse.Namespace, device: torch.device) -> Sequence[str]:

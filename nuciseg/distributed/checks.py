@@ -58,8 +58,9 @@ def check_versions(nodes: Mapping[str, NodeFacts], here: Mapping[str, str]) -> C
     return judged("versions", faults, ", ".join(f"{what} {version}" for what, version in here.items()))
 
 
-def check_gpus(nodes: Mapping[str, NodeFacts], of_ray: Mapping[str, int]) -> Check:
-    """Whether torch can use the GPUs that Ray gives away. `of_ray` are those by the node's name."""
+def check_gpus(nodes: Mapping[str, NodeFacts], of_ray: Mapping[str, int], num_coming: int = 0) -> Check:
+    """Whether torch can use the GPUs that Ray gives away. `of_ray` are those by the node's name; `num_coming` may be
+    added to a cluster that has none yet."""
     faults, idle = [], 0
     for name, facts in nodes.items():
         if len(facts.gpus) < of_ray[name]:
@@ -69,7 +70,8 @@ def check_gpus(nodes: Mapping[str, NodeFacts], of_ray: Mapping[str, int]) -> Che
             )
         idle += max(0, len(facts.gpus) - of_ray[name])
     kinds = Counter(gpu for facts in nodes.values() for gpu in facts.gpus)
-    seen = ", ".join(f"{num} x {kind}" for kind, num in kinds.items()) or "none: workers train on CPUs"
+    none = f"none yet, up to {num_coming} come with the work" if num_coming else "none: workers train on CPUs"
+    seen = ", ".join(f"{num} x {kind}" for kind, num in kinds.items()) or none
     return judged("GPUs", faults, seen + (f"; Ray leaves {idle} of them idle (ray start --num-gpus)" if idle else ""))
 
 

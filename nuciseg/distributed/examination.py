@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import measure_all_reduce
 from nuciseg.distributed.checks import Check, failed, passed
 from nuciseg.distributed.clocks import clock_offsets
-from nuciseg.distributed.cluster import connect, require_room_for_runs, worker_need
+from nuciseg.distributed.cluster import connect, gpus_within_reach, require_room_for_runs, worker_need
 from nuciseg.distributed.node_facts import NodeFacts, first_image, node_facts, versions, wandb_state
-from nuciseg.distributed.nodes import alive_nodes, on_every_node
+from nuciseg.distributed.nodes import ANSWER_TIMEOUT_S, alive_nodes, on_every_node
 from nuciseg.distributed.rehearsal import rehearse
 from nuciseg.distributed.runs import disk_need
 from nuciseg.distributed.space import refuse_elastic_trials
@@ -28,6 +29,8 @@ from nuciseg.images import require_writable
 from nuciseg.scale import WorkerRange
 
 GRADIENT_BYTES = 4  # fp32, whatever the network computes in
+FETCH_TIMEOUT_S = 3600.0
+NO_GPU_YET = "no node with a GPU is up, they come with the work; ask again while a search runs"
 
 
 def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False) -> Iterator[Check]:
@@ -43,10 +46,15 @@ def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False)
     yield from _about_nodes(config, nodes)
     if not answering.passed:
         return  # each question to all nodes would wait for the same one
-    yield _attempted("all-reduce", lambda: _all_reduce(config))
+    if _coming_gpus(config, nodes):
+        yield passed("all-reduce", f"not measured: {NO_GPU_YET}")
+    else:
+        yield _attempted("all-reduce", lambda: _all_reduce(config))
     storage = _attempted("storage", lambda: _storage(config.run.storage_path))
     yield storage
-    yield checks.check_images(on_every_node(first_image, config))
+    from_bucket = isinstance(config.data.root, str)  # fetched whole into each node's cache, which takes its time
+    images = on_every_node(first_image, config, timeout_s=FETCH_TIMEOUT_S if from_bucket else ANSWER_TIMEOUT_S)
+    yield checks.check_images(images)
     yield checks.check_wandb(on_every_node(wandb_state, config))
     yield checks.check_clocks(clock_offsets())
     if storage.passed:
@@ -64,8 +72,12 @@ def _about_nodes(config: Config, nodes: dict[str, NodeFacts]) -> Iterator[Check]
     names = alive_nodes()
     of_ray = {names[n["NodeID"]]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["NodeID"] in names}
     yield checks.check_versions(nodes, versions())
-    yield checks.check_gpus(nodes, {name: of_ray.get(name, 0) for name in nodes})
-    yield checks.check_precision(nodes, config.train.precision, config.scale.use_gpu)
+    gpus = {name: of_ray.get(name, 0) for name in nodes}
+    yield checks.check_gpus(nodes, gpus, _coming_gpus(config, nodes))
+    if _coming_gpus(config, nodes):
+        yield passed("bf16", f"not looked at: {NO_GPU_YET}")
+    else:
+        yield checks.check_precision(nodes, config.train.precision, config.scale.use_gpu)
     yield _attempted("room", lambda: _room(config))
 
 
@@ -89,6 +101,13 @@ def _room(config: Config) -> Check:
     return passed("room", f"for {runs} at a time of {each} with {need.cpus} CPUs and {need.gpus} GPUs")
 
 
+def _coming_gpus(config: Config, nodes: dict[str, NodeFacts]) -> int:
+    """How many GPUs an autoscaled cluster without any may add, which workers would then train on."""
+    if config.scale.use_gpu is False or any(facts.gpus for facts in nodes.values()):
+        return 0
+    return gpus_within_reach()
+
+
 def _all_reduce(config: Config) -> Check:
     gradient_bytes = GRADIENT_BYTES * count_parameters(config)
     return checks.check_all_reduce(measure_all_reduce(config.scale.use_gpu), gradient_bytes)
@@ -104,7 +123,8 @@ def _storage(location: Path | str) -> Check:
     require_shared(folder)
     require_writable(folder)
     for each in made:
-        each.rmdir()
+        with contextlib.suppress(OSError):  # somebody else has begun to use it
+            each.rmdir()
     return passed("storage", f"{folder} is writable" + (f", and the same on {num} nodes" if num > 1 else ""))
 
 

@@ -1,7 +1,8 @@
 """What a search may use, in hours and on the disk. At the bound it ends in order, and a higher one lets it go on.
 
 No further trial begins then, and Tune's loop ends as soon as every trial that was running has left a checkpoint, so
-that nothing is lost. Where only the room for one trial more lacks, those that are running come to their own end.
+that nothing is lost; one that says nothing for long is not waited for: its node may be gone. Where only the room for one
+trial more lacks, those that are running come to their own end.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from nuciseg.distributed.trials import Trial
 from nuciseg.distributed.worker import CONFIG_FILE
 from nuciseg.engine.checkpoint import write_json
 from nuciseg.errors import ConfigError, LimitReachedError
+from nuciseg.patience import names_in, patiently
 
 TIME_FILE = "search_time.json"
 CLOSED_DIR = ".closed"  # while there is a file in it no trial begins; those that wait have one too
 CLOSED_MARK = "closed"
 LOOK_S = 1.0
 PUSH_S = 60.0
+PATIENCE_S = 600.0  # and two epochs: so long a trial is waited for
 MOST_OF_TIME = 0.05  # looking at many files on a slow disk takes at most this share of the driver's time
 BYTES_PER_GB = 1e9
 
@@ -173,10 +176,12 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         self._bound: Bound | None = None
         self._running: set[str] = set()
         self._awaited: set[str] = set()
+        self._longest_epoch_s = 0.0
         self._earlier_s, self._started_s = spent_seconds(self.folder), time.monotonic()
         self._next_look_s = self._next_push_s = self._started_s
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        self._longest_epoch_s = max(self._longest_epoch_s, result.get("time_this_iter_s", 0.0))
         if self._bound is not None and self._bound.ends_running:
             self._awaited.discard(trial.trial_id)  # it reports what it has kept a checkpoint of
 
@@ -188,6 +193,9 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         if self._bound is None:
             return
         self._awaited &= running - self.search.marks(CLOSED_DIR)
+        waited_s = time.monotonic() - self._reached_s
+        if self._bound.ends_running and waited_s > PATIENCE_S + 2 * self._longest_epoch_s:
+            self._awaited.clear()
         all_ended = len(trials) >= self._num_trials and all(trial.is_finished() for trial in trials)
         if not self._awaited and not all_ended:
             raise ClosedError(self._bound, trials, max(self._num_trials, len(trials)))
@@ -203,7 +211,7 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         bound = reached(self._bounds, seconds, used, needed)
         if bound is not None and (self._bound is None or bound.ends_running > self._bound.ends_running):
             self.search.mark(CLOSED_DIR, CLOSED_MARK)
-            self._bound, self._awaited = bound, set(self._running)
+            self._bound, self._awaited, self._reached_s = bound, set(self._running), time.monotonic()
         end_s = time.monotonic()
         self._next_look_s = end_s + max(LOOK_S, (end_s - start_s) / MOST_OF_TIME)
         if end_s >= self._next_push_s:  # the hours used must outlive this machine
@@ -227,9 +235,9 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
     def _sizes(self) -> Mapping[str, int]:
         """Bytes of each file and folder of the search."""
         if self.search.uri is None:
-            return {path.name: _size(path) for path in self.folder.iterdir()}
+            return {name: _size(self.folder / name) for name in names_in(self.folder)}
         sizes: Counter[str] = Counter()
-        for file in BucketFolder(self.search.uri).files():
+        for file in patiently(BucketFolder(self.search.uri).files):
             sizes[file.name.split("/")[0]] += file.num_bytes
         return sizes
 

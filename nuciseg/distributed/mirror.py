@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 
@@ -26,7 +27,7 @@ from nuciseg.buckets import BucketFolder, StoredFile
 from nuciseg.data.cache import default_cache_dir
 from nuciseg.data.fetching import fetch_file
 from nuciseg.engine.checkpoint import METADATA_FILE, find_checkpoint
-from nuciseg.errors import CheckpointError, ResourceError, StorageAwayError, writing
+from nuciseg.errors import CheckpointError, ResourceError, writing
 from nuciseg.patience import names_in, patiently
 
 COPIES = "runs"  # below the cache folder
@@ -133,8 +134,8 @@ class Mirror:
     def mark(self, folder: str, name: str) -> None:
         """Make such a file."""
         if self.uri is None:
-            (self.folder / folder).mkdir(exist_ok=True)
-            (self.folder / folder / name).touch()
+            patiently(lambda: (self.folder / folder).mkdir(exist_ok=True))
+            patiently((self.folder / folder / name).touch)
             return
         bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
         patiently(lambda: bucket.write(name, b""))
@@ -142,10 +143,10 @@ class Mirror:
     def unmark(self, folder: str) -> None:
         """Remove all such files."""
         if self.uri is None:
-            for path in (self.folder / folder).glob("*"):
-                path.unlink()
+            for name in names_in(self.folder / folder):
+                patiently(partial((self.folder / folder / name).unlink, missing_ok=True))
             with contextlib.suppress(FileNotFoundError):
-                (self.folder / folder).rmdir()
+                patiently((self.folder / folder).rmdir)
             return
         bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
         for name in self.marks(folder):
@@ -205,8 +206,8 @@ class Mirror:
         waiting: set[str] = set(sent)
         seen: dict[str, StoredFile | None] = dict.fromkeys(received)
         while not done.wait(EXCHANGE_S):
-            # Away: the next turn may find it, and where not the run itself says so.
-            with contextlib.suppress(StorageAwayError):
+            # The next turn may do better, and where not the run itself says why.
+            with contextlib.suppress(ResourceError):
                 bucket = BucketFolder(str(self.uri))
                 for name in [name for name in waiting if (self.folder / name).exists()]:
                     bucket.upload(self.folder / name, name)
@@ -371,7 +372,10 @@ def _as_stored(file: StoredFile | None) -> _Stat | None:
 def _read_index(path: Path) -> dict[str, _Known]:
     if not path.exists():
         return {}
-    rows: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        rows: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # torn by a power cut: then all is fetched, or pushed, anew
+        return {}
     return {name: _Known((row[0], row[1]), (row[2], row[3]) if row[2:] else None) for name, row in rows.items()}
 
 

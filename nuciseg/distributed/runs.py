@@ -69,6 +69,11 @@ def check_precision(config: Config) -> None:
 def check_storage(config: Config) -> None:
     """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
     require_shared(config.run.storage_path)
+    require_everywhere(files_of_nodes(config))
+
+
+def files_of_nodes(config: Config) -> dict[str, Path]:
+    """What every node has to have besides the run's folder, by the settings that name it."""
     model, start = config.model, config.train.init_from
     encoder_weights = model.weights_file if isinstance(model, TimmConfig) and start is None else None
     files = {
@@ -77,7 +82,7 @@ def check_storage(config: Config) -> None:
         "train.init_from": None if start is None or is_shipped_name(start) else start,
         "model.pretrained": encoder_weights,
     }
-    require_everywhere({setting: path for setting, path in files.items() if isinstance(path, Path)})
+    return {setting: path for setting, path in files.items() if isinstance(path, Path)}
 
 
 def new_run(config: Config, default_name: str, *, below: bool = True) -> Mirror:

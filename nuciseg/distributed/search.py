@@ -38,7 +38,7 @@ from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.newcomers import Newcomers
 from nuciseg.distributed.nodes import node_must_go
 from nuciseg.distributed.progress import SearchProgress
-from nuciseg.distributed.runs import HANDED_OVER
+from nuciseg.distributed.runs import HANDED_OVER, files_of_nodes
 from nuciseg.distributed.space import build_space, configure
 from nuciseg.distributed.storage import await_seen, require_shared
 from nuciseg.distributed.training import fit_workers, reported, storage_of_ray
@@ -52,6 +52,7 @@ from nuciseg.engine.inference import Place
 from nuciseg.engine.loop import EpochReport
 from nuciseg.errors import ConfigError, NucisegError, TrainingError
 from nuciseg.metrics import rank
+from nuciseg.patience import names_in, patiently
 from nuciseg.tracking import RunIdentity
 
 _OPTUNA_LACKS = ("randn", "qrandn", "qloguniform", "qlograndint")  # Ray's link to it fails, or drops the step
@@ -357,12 +358,12 @@ def _run_config(config: Config, search: Mirror, concurrent: int) -> tune.RunConf
 
 
 def _callbacks(config: Config, search: Mirror, concurrent: int) -> list[tune.Callback]:
-    callbacks = [
+    return [
         SearchProgress(config, search, concurrent),
         Forgiveness(config.run.max_failures),
         Limits(search, concurrent),
+        Newcomers(search.folder if search.uri is None else None, files_of_nodes(config)),
     ]
-    return callbacks if search.uri is not None else [*callbacks, Newcomers(search.folder)]
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -401,8 +402,9 @@ def _concluded(results: tune.ResultGrid, plan: Plan, unfinished: Collection[str]
 def _trial_mirrors(plan: Plan) -> list[Mirror]:
     """The folders of all trials in the driver, of those in a bucket all but what only their training needs."""
     if plan.search.uri is None:
-        return [plan.search.inner(path.name) for path in plan.folder.iterdir()]
-    names = {file.name.split("/")[0] for file in BucketFolder(plan.search.uri).files() if "/" in file.name}
+        return [plan.search.inner(name) for name in names_in(plan.folder)]
+    there = patiently(BucketFolder(plan.search.uri).files)
+    names = {file.name.split("/")[0] for file in there if "/" in file.name}
     mirrors = [plan.search.inner(name) for name in sorted(names) if not name.startswith(".") and name != FINAL_FOLDER]
     for mirror in mirrors:
         mirror.fetch(lambda name: not name.endswith(f"/{TRAINING_FILE}"))

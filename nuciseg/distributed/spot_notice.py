@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 
 METADATA_URL = "http://169.254.169.254/latest"
@@ -40,7 +41,7 @@ def seconds_left() -> float | None:
         )
         with _open(ask, timeout=TIMEOUT_S) as answer:
             at = datetime.fromisoformat(json.loads(answer.read())["time"].replace("Z", "+00:00"))
-    except OSError:  # 404 as long as there is no notice; urllib's errors are OSErrors
+    except (OSError, HTTPException, ValueError, KeyError):  # 404 as long as there is no notice; or a broken answer
         return None
     return (at - datetime.now(UTC)).total_seconds()
 

@@ -17,10 +17,12 @@ import ray
 from nuciseg.buckets import BucketFolder
 from nuciseg.distributed.nodes import Result, alive_nodes, on_every_node
 from nuciseg.errors import ResourceError, StorageAwayError, writing
+from nuciseg.patience import is_away, patiently
 
 STORAGE_SETTING = "run.storage_path"
 SEEN_TIMEOUT_S = 60.0  # by default NFS takes up to a minute to look again for what it did not find
 LOOK_S = 0.5
+PUT_IT_THERE = "put it on storage that all nodes share, or on every node by file_mounts in the cluster file"
 
 
 def require_shared(folder: Path | str, setting: str = STORAGE_SETTING) -> None:
@@ -67,37 +69,60 @@ def require_everywhere(paths: Mapping[str, Path]) -> None:
         return
     for setting, path in paths.items():
         path = path.resolve()
-        cure = "put it on storage that all nodes share, or on every node by file_mounts in the cluster file"
-        _refuse(f"{setting} is {path}", on_every_node(_what_is_missing, path), cure)
+        _refuse(f"{setting} is {path}", on_every_node(_what_is_missing, path), PUT_IT_THERE)
 
 
-def require_shared_by_joined(folder: Path, known: set[str]) -> None:
-    """Probe `folder` from the nodes that joined: those whose ids are not among `known`, to which they are added.
+def require_shared_by_joined(folder: Path | None, files: Mapping[str, Path], known: set[str]) -> None:
+    """Ask the nodes that joined, those whose ids are not among `known`, whether they work in `folder` (None: there is
+    none) and have `files`, by the settings that name them; those that do are added to `known`.
 
-    A node that does not answer is asked again the next time: it may be starting, or gone. Raises ResourceError where
-    one answers that it sees another folder or may not write.
+    A node that does not answer is asked again the next time: it may be starting, or gone. So are all where the storage
+    is away. Raises ResourceError where one answers that it sees another folder, may not write, or lacks a file.
     """
     joined = {node_id: name for node_id, name in alive_nodes().items() if node_id not in known}
     if not joined:
         return
-    answers = {name: answer for name, answer in _probe(folder, joined).items() if answer.failure is None}
-    known.update(node_id for node_id, name in joined.items() if name in answers)
-    _refuse(f"the search lies in {folder}", answers, _share_it(STORAGE_SETTING))
+    asked: list[tuple[str, Mapping[str, Result[str | None]], str]] = []
+    if folder is not None:
+        try:
+            asked.append((f"the search lies in {folder}", _probe(folder, joined), _share_it(STORAGE_SETTING)))
+        except ResourceError as error:
+            if error.__cause__ is not None and is_away(error.__cause__):
+                return
+            raise
+    for setting, path in files.items():
+        path = path.resolve()
+        asked.append((f"{setting} is {path}", on_every_node(_what_is_missing, path, among=joined), PUT_IT_THERE))
+    silent = set()
+    for what, answers, cure in asked:
+        answered = {name: answer for name, answer in answers.items() if answer.failure is None}
+        _refuse(what, answered, cure)
+        silent |= set(joined.values()) - set(answered)
+    known.update(node_id for node_id, name in joined.items() if name not in silent)
 
 
 def await_seen(path: Path) -> None:
     """Wait until `path`, which another machine has written, is seen by this one: a network's folder may show it late.
 
-    Raises StorageAwayError, which names this machine, where it is not seen within a minute.
+    Raises StorageAwayError, which names this machine, where it is not seen within a minute, or is away for two.
     """
     until_s = time.monotonic() + SEEN_TIMEOUT_S
-    while not path.exists():
+    while not _exists(path):
         if time.monotonic() > until_s:
             raise StorageAwayError(
                 f"node {socket.gethostname()} does not see {path}; mount there what the other nodes share, or "
                 f"set {STORAGE_SETTING} to a folder that all nodes share"
             )
         time.sleep(LOOK_S)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return patiently(path.exists)
+    except OSError as error:
+        raise StorageAwayError(
+            f"node {socket.gethostname()} cannot look for {path} ({error.strerror}); see that its mount answers there"
+        ) from error
 
 
 def _probe(folder: Path, nodes: Mapping[str, str]) -> dict[str, Result[str | None]]:
@@ -127,7 +152,9 @@ def _what_is_wrong(probe: Path, token: str) -> str | None:
     try:
         if probe.read_text(encoding="ascii") != token:
             return "reads something else there"
-    except OSError:
+    except OSError as error:
+        if is_away(error):
+            raise StorageAwayError(f"gets no answer there ({error.strerror})") from error
         return "does not see what is written there"
     own = probe.with_name(f"{probe.name}-{uuid4().hex}")
     try:

@@ -19,6 +19,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -255,7 +256,9 @@ class CheckpointStore:
     def damaged(self) -> list[Path]:
         """Checkpoints newer than the last whole one."""
         last = self.last
-        return [folder for folder in self._folders() if last is not None and folder > last]
+        if last is None:
+            return []
+        return [folder for folder in self._folders() if _numbers_in(folder.name) > _numbers_in(last.name)]
 
     @property
     def best(self) -> Path | None:
@@ -277,7 +280,8 @@ class CheckpointStore:
 
     def _folders(self, prefix: str = "epoch-") -> list[Path]:
         try:
-            return [self.folder / name for name in names_in(self.folder) if name.startswith(prefix)]
+            names = [name for name in names_in(self.folder) if name.startswith(prefix)]
+            return [self.folder / name for name in sorted(names, key=_numbers_in)]
         except OSError as error:
             raise _unreadable(self.folder, error) from error
 
@@ -288,6 +292,11 @@ class CheckpointStore:
         for folder in self._folders():
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _numbers_in(name: str) -> list[int]:
+    """Orders names of checkpoints in time, however many digits their epochs have."""
+    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -64,6 +64,16 @@ def test_hours_and_dollars_follow_from_the_seconds_of_a_step(config: Path, capsy
     assert "assumed:" in said
 
 
+def test_no_more_trials_at_a_time_than_the_search_lets_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--config", config, "--seconds-per-step", "1", "--nodes", 8, "--machine", "g5.xlarge")
+    _, _, hours, *_ = rows(plan(capsys, *words))["8 x g5.xlarge (A10G)"]
+    at_once, _, longer, *_ = rows(plan(capsys, *words, "--search.max_concurrent", 2))["8 x g5.xlarge (A10G)"]
+    assert at_once == "2"
+    assert float(longer) == pytest.approx(4 * float(hours), rel=0.1)
+    cpus = ("--config", config, "--seconds-per-step", "1", "--nodes", 2, "--machine", "c7i.8xlarge")
+    assert rows(plan(capsys, *cpus, "--scale.cpus_per_worker", 5))["2 x c7i.8xlarge (CPU)"][0] == "12"
+
+
 def test_the_networks_of_the_space_are_measured_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     space = {"model": {"choice": [{"kind": "unet", "depth": 2, "width": 4}, {"kind": "baseline"}]}}
     main(["--config", str(config), "--search.space", json.dumps(space)])

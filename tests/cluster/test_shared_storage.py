@@ -18,7 +18,8 @@ from small_runs import wait_until
 from nuciseg import predict, train, tune
 from nuciseg.cli import run_verb
 from nuciseg.distributed.cluster import quieten
-from nuciseg.distributed.storage import require_everywhere, require_shared
+from nuciseg.distributed.nodes import alive_nodes
+from nuciseg.distributed.storage import require_everywhere, require_shared, require_shared_by_joined
 from nuciseg.errors import ResourceError
 
 SMALL = ("--data.synthetic.num_train=8", "--data.synthetic.num_test=1", "--model.depth=2", "--model.width=4")
@@ -74,6 +75,17 @@ def test_a_path_that_a_node_lacks_is_named(hidden: Path, tmp_path: Path) -> None
     require_everywhere({"data.root": tmp_path})
     with pytest.raises(ResourceError, match=r"data.root is \S+/data, but node .* has no such path; put it on"):
         require_everywhere({"data.root": hidden / "data"})
+
+
+def test_a_node_that_joined_without_a_file_is_named(hidden: Path, tmp_path: Path) -> None:
+    (hidden / "clusters").mkdir()
+    head, _ = alive_nodes()
+    known = {head}
+    with pytest.raises(ResourceError, match=r"data.root is \S+/clusters, but node .* has no such path; put it on"):
+        require_shared_by_joined(tmp_path, {"data.root": hidden / "clusters"}, known)
+    known = {head}
+    require_shared_by_joined(None, {"data.root": tmp_path}, known)
+    assert known == set(alive_nodes())
 
 
 def refused(capsys: pytest.CaptureFixture[str], verb: object, *words: str | Path) -> str:

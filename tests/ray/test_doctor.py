@@ -11,7 +11,7 @@ from test_workers import worker_pids
 
 from nuciseg import doctor
 from nuciseg.config import load_config, merged
-from nuciseg.distributed import rehearsal
+from nuciseg.distributed import examination, rehearsal
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -29,6 +29,17 @@ def test_a_machine_that_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said["data"] == "240 training images, readable on 1 node"
     assert said["W&B"].startswith("offline: ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_head_whose_workers_are_to_come_is_not_taken_for_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examination, "gpus_within_reach", lambda: 4)  # as after `ray up cluster.yaml`
+    doctor.main(["--json", "--run.storage_path", str(tmp_path), "--scale.cpus_per_worker", "1"])
+    said = {check["name"]: check["said"] for check in json.loads(capsys.readouterr().out)}
+    assert said["GPUs"] == "none yet, up to 4 come with the work"
+    assert said["bf16"].startswith("not looked at: no node with a GPU is up")
+    assert said["all-reduce"].startswith("not measured: no node with a GPU is up")
 
 
 def test_what_is_wrong_is_said_and_the_rest_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

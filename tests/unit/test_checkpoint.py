@@ -211,6 +211,16 @@ def test_a_truncated_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
     assert_same(load_checkpoint(store.folder / "epoch-0003", training=True), make_checkpoint(3, best_epoch=1))
 
 
+def test_epochs_of_more_digits_are_newer(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for epoch in (9999, 10000, 10001):
+        store.save(make_checkpoint(epoch, best_epoch=9999))
+    assert store.last is not None
+    assert store.last.name == "epoch-10001"
+    (store.last / METADATA_FILE).unlink()
+    assert [path.name for path in store.damaged] == ["epoch-10001"]
+
+
 def test_the_bound_on_the_disk_holds(tmp_path: Path) -> None:
     """Weights, raw weights and Adam's two moments, three times."""
     parameters = torch.zeros(100_000)

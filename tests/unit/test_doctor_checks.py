@@ -43,6 +43,7 @@ def test_versions_are_those_of_this_process() -> None:
 
 def test_gpus_of_ray_are_gpus_of_torch() -> None:
     passes(checks.check_gpus({"a": CPU}, {"a": 0}), "none: workers train on CPUs")
+    passes(checks.check_gpus({"a": CPU}, {"a": 0}, 4), "none yet, up to 4 come with the work")
     passes(checks.check_gpus({"a": CPU, "b": GPU}, {"a": 0, "b": 2}), "2 x A10G")
     passes(checks.check_gpus({"a": GPU}, {"a": 1}), "2 x A10G; Ray leaves 1 of them idle")
     fails(checks.check_gpus({"a": CPU}, {"a": 4}), "Ray offers 4 GPUs on node a but torch sees 0", "NVIDIA's driver")

@@ -6,13 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import boto3
 import pytest
+from boto3.s3.transfer import TransferConfig
+from gcs_server import serving_gcs
 from s3_server import demand_permission, make_bucket, put, upload_folder, use_server
 
 from nuciseg import buckets
+from nuciseg.buckets import BucketFolder
 from nuciseg.config import DataConfig, load_config
+from nuciseg.data import fetching
 from nuciseg.data.fetching import local_folder
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine.datasets import open_samples
@@ -58,6 +64,46 @@ def test_it_is_fetched_once_and_again_when_it_changed(uri: str, tmp_path: Path) 
     changed = local_folder(uri, tmp_path / "cache")
     assert changed != folder
     assert contents(changed) == {**contents(tmp_path / "data"), "note.txt": b"new"}
+
+
+def put_large(uri: str, how: str, data: bytes, folder: Path) -> None:
+    (folder / "large").write_bytes(data)
+    if how == "pyarrow":
+        BucketFolder(uri).upload(folder / "large", "large")
+    elif how == "in parts":
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        parts = TransferConfig(multipart_threshold=8 * 2**20, multipart_chunksize=8 * 2**20)
+        boto3.client("s3").upload_file(str(folder / "large"), bucket, f"{key}/large", Config=parts)
+    else:
+        BucketFolder(uri).write("large", data) if uri.startswith("gs") else put(f"{uri}/large", data)
+
+
+@pytest.mark.parametrize("how", ["whole", "in parts", "pyarrow", "gs"])
+def test_what_came_damaged_is_noticed(bucket: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(20 * 2**20 + 5)
+    with serving_gcs(monkeypatch) if how == "gs" else nullcontext(f"s3://{bucket}") as storage:
+        put_large(f"{storage}/set", how, data, tmp_path)
+        read, damaged = fetching._read, []
+
+        def reading(stream: object, uri: str) -> bytes:
+            chunk = read(stream, uri)
+            if len(damaged) < num_damaged and chunk:
+                damaged.append(uri)
+                return os.urandom(1) * len(chunk)
+            return chunk
+
+        monkeypatch.setattr(fetching, "_read", reading)
+        for num_damaged, folder in ((0, "whole"), (1, "once")):
+            damaged.clear()
+            copies: list[str] = []
+            copy = fetching._copy
+            monkeypatch.setattr(fetching, "_copy", lambda *words, copy=copy: copies.append("") or copy(*words))
+            assert contents(local_folder(f"{storage}/set", tmp_path / folder)) == {"large": data}
+            monkeypatch.setattr(fetching, "_copy", copy)
+            assert len(copies) == 1 + num_damaged, "known by its hash"
+        num_damaged = 100
+        with pytest.raises(ResourceError, match="/set/large comes damaged, each time otherwise; check the network"):
+            local_folder(f"{storage}/set", tmp_path / "always")
 
 
 def test_samples_of_a_bucket_are_those_of_the_folder(uri: str, tmp_path: Path) -> None:

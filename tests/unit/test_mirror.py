@@ -15,8 +15,9 @@ from s3_server import demand_permission, make_bucket, put, serving_s3, use_serve
 
 from nuciseg import buckets, patience
 from nuciseg.buckets import BucketFolder
+from nuciseg.data.cache import default_cache_dir
 from nuciseg.distributed import mirror as module
-from nuciseg.distributed.mirror import Mirror, fetched_to_read, opened, working_copy
+from nuciseg.distributed.mirror import COPIES, Mirror, fetched_to_read, opened, working_copy
 from nuciseg.distributed.storage import _what_is_wrong_in_bucket, require_shared
 from nuciseg.errors import ResourceError, StorageAwayError
 
@@ -84,6 +85,16 @@ def test_what_is_the_same_is_not_moved_again(uri: str, tmp_path: Path, monkeypat
     os.utime(mirror.folder / "checkpoints/epoch-0001/checkpoint.json")
     mirror.push()
     assert moved == ["checkpoints/epoch-0001/checkpoint.json"]
+
+
+def test_a_torn_index_costs_a_second_fetch(uri: str, tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path / "a", uri)
+    write(mirror.folder, CHECKPOINT)
+    mirror.push()
+    index = max((default_cache_dir() / COPIES / "index").glob("*.json"), key=os.path.getmtime)
+    os.truncate(index, 20)
+    mirror.fetch()
+    assert contents(mirror.folder) == CHECKPOINT
 
 
 def test_files_go_in_an_order_that_never_lies(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,16 @@ def test_a_notice_says_how_long(service: Service, monkeypatch: pytest.MonkeyPatc
     assert 110 < left_s <= 120
 
 
+def test_a_broken_answer_is_no_notice_and_the_next_is_asked_for(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.notice_s = 120.0
+    monkeypatch.setattr(spot_notice.json, "loads", lambda text: {})
+    assert spot_notice.seconds_left() is None
+    monkeypatch.setattr(spot_notice.json, "loads", lambda text: {"time": "soon"})
+    assert spot_notice.seconds_left() is None
+
+
 def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spot_notice, "METADATA_URL", "http://127.0.0.1:9/latest")
     assert spot_notice.seconds_left() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,9 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from nuciseg import patience
 from nuciseg.distributed.nodes import Result
-from nuciseg.distributed.storage import _refuse, _what_is_missing, _what_is_wrong, require_everywhere, require_shared
-from nuciseg.errors import ResourceError
+from nuciseg.distributed.storage import (
+    _refuse,
+    _what_is_missing,
+    _what_is_wrong,
+    await_seen,
+    require_everywhere,
+    require_shared,
+)
+from nuciseg.errors import ResourceError, StorageAwayError
 
 ASK = """
 import sys
@@ -62,6 +71,20 @@ def test_a_machine_with_other_mounts(probe: Path, mount: str, said: str) -> None
     words = ["unshare", "--mount", "sh", "-ec", command, "sh", sys.executable, "-c", ASK, str(probe)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == said, done.stderr
+
+
+def away(path: Path) -> bool:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_storage_that_is_away_is_neither_unshared_nor_a_traceback(probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
+    monkeypatch.setattr(Path, "exists", away)
+    with pytest.raises(StorageAwayError, match=r"cannot look for \S+ \(Input/output error\); see that its mount"):
+        await_seen(probe)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: away(path))
+    with pytest.raises(StorageAwayError, match=r"gets no answer there \(Input/output error\)"):
+        _what_is_wrong(probe, "token")
 
 
 def test_the_first_node_that_is_wrong_is_named() -> None:
