@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 TOKEN_FILE = "~/.ray/auth_token"
-NETRC_FILE = "~/.netrc"
+NETRC_FILES = ("~/.netrc", "~/.ray/wandb_netrc")
 TOKEN_MODE = re.compile(r"\bRAY_AUTH_MODE=token\b")
 CURES = {
     TOKEN_FILE: "make it with `(umask 077; ray get-auth-token --generate)`",
-    NETRC_FILE: "make it with `(umask 077; NETRC={path} wandb login)`, or empty with `(umask 077; touch {path})`",
+    **dict.fromkeys(
+        NETRC_FILES,
+        "make it with `(umask 077; NETRC={path} wandb login)`, or empty with `(umask 077; touch {path})`",
+    ),
 }
 # What a secret looks like, and the name for it. A name in capitals or in braces is a variable and no value.
 PLAIN_KEYS = {

@@ -1,8 +1,8 @@
 """What a search may use, in hours and on the disk. At the bound it ends in order, and a higher one lets it go on.
 
 No further trial begins then, and Tune's loop ends as soon as every trial that was running has left a checkpoint, so
-that nothing is lost; one that says nothing for long is not waited for: its node may be gone. Where only the room for one
-trial more lacks, those that are running come to their own end.
+that nothing is lost; one that says nothing for long is not waited for: its node may be gone. Where only the room for
+one trial more lacks, those that are running come to their own end.
 """
 
 from __future__ import annotations

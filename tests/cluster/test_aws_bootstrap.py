@@ -167,7 +167,11 @@ def test_template_makes_what_the_file_names_and_gives_no_role_more_than_it_needs
         assert role["RoleName"] == name
     assert iam.list_role_policies(RoleName="nuciseg-worker")["PolicyNames"] == [], "workers start no machines"
     head = iam.get_role_policy(RoleName="nuciseg-head", PolicyName="workers")["PolicyDocument"]
-    text = json.dumps(head)
+    document = yaml.safe_load(head) if isinstance(head, str) else head  # moto keeps it as Python prints it
+    text = json.dumps(document)
+    tagging = [each for each in document["Statement"] if "ec2:CreateTags" in each["Action"]]
+    assert tagging
+    assert all("Condition" in each for each in tagging), "else it could give its tag to any machine, and end it"
     assert iam.get_role(RoleName="nuciseg-worker")["Role"]["Arn"] in text, "the head may hand out the workers' role"
     assert '"ec2:*"' not in text
     efs = boto3.client("efs")

@@ -49,6 +49,8 @@ pytestmark = [
 ]
 
 CLUSTER = f"{HOME}/on-prem.yaml"
+OWN_NETRC = "machine example.org login somebody password something\n"
+AS_RAY = "export $(tr '\\0' '\\n' < /proc/$(pgrep -n -x raylet)/environ | grep ^NETRC=)"  # as its processes have it
 WANDB_HOST = "wandb.lan"  # a W&B server of one's own, so that without WANDB_BASE_URL nobody asks for it
 
 
@@ -80,6 +82,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnPrem]:
         nodes = [
             lan.add(name, number, login=login_of_nodes) for number, name in enumerate(("head", "one", "two"), start=2)
         ]
+        for node in nodes:
+            (node.home / ".netrc").write_text(OWN_NETRC)
         (laptop.home / "on-prem.yaml").write_text(filled_in(nodes))
         write_nucleus_folder(SyntheticConfig(num_train=8, num_test=1), laptop.home / "clusters")
         netrc = f"machine {WANDB_HOST} login user password {secrets.token_hex(20)}"
@@ -136,8 +140,9 @@ def test_secrets_are_for_their_owner_alone_on_every_host(cluster: OnPrem) -> Non
     token = (cluster.laptop.home / ".ray/auth_token").read_text()
     for node in cluster.nodes:
         assert (node.home / ".ray/auth_token").read_text() == token
-        for secret in (".ray/auth_token", ".netrc"):
+        for secret in (".ray/auth_token", ".ray/wandb_netrc"):
             assert (node.home / secret).stat().st_mode & 0o777 == 0o600, f"{node.name}: {secret}"
+        assert (node.home / ".netrc").read_text() == OWN_NETRC, "what the user of the machine had there"
 
 
 def test_client_without_the_token_is_refused(cluster: OnPrem) -> None:
@@ -192,7 +197,7 @@ def test_wandb_key_has_reached_every_host_and_is_in_no_log_or_command_line(clust
     find = f'from wandb.sdk.lib.wbauth import read_netrc_auth; print(read_netrc_auth(host="http://{WANDB_HOST}"))'
     folders = [cluster.shared]
     for node in cluster.nodes:
-        assert node.run(f"python -c '{find}'", timeout_s=100).stdout.split()[-1] == key
+        assert node.run(f"{AS_RAY}; python -c '{find}'", timeout_s=100).stdout.split()[-1] == key
         assert [line for line in node.processes() if key in line] == []
         sessions = list((node.folder / "tmp" / "ray").glob("session_2*"))
         assert sessions, node.name

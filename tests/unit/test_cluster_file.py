@@ -153,6 +153,22 @@ def test_variables_and_digests_are_no_secrets(home: Path) -> None:
     assert findings_of(home, config) == []
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_job_that_is_stopped_has_time_to_keep_its_checkpoints(name: str) -> None:
+    assert "RAY_JOB_STOP_WAIT_TIME_S=60" in filled_in(name)["head_start_ray_commands"][-1]
+
+
+@pytest.mark.parametrize("name", SHIPPED[1:])
+def test_the_netrc_of_a_machines_user_stays(home: Path, name: str) -> None:
+    config = filled_in(name)
+    assert "~/.netrc" not in config["file_mounts"]
+    for role in ("head", "worker"):
+        assert "NETRC=~/.ray/wandb_netrc" in config[f"{role}_start_ray_commands"][1]
+    (home / ".ray" / "wandb_netrc").chmod(0o644)
+    [readable] = findings_of(home, config)
+    assert "~/.ray/wandb_netrc, which others may read" in readable
+
+
 def test_files_to_send_must_be_there_and_secret(home: Path) -> None:
     (home / ".ray" / "auth_token").chmod(0o644)
     (home / ".ray" / "wandb_netrc").unlink()
