@@ -159,13 +159,14 @@ def check_clocks(answers: Mapping[str, Result[float]]) -> Check:
     return judged("clocks", faults, f"at most {most:.2f} s from this one")
 
 
-def check_disk(nodes: Mapping[str, NodeFacts], need_bytes: int, free_bytes: int, storage: str) -> Check:
-    """Whether the run's checkpoints fit, and the nodes have room for decoded images and what Ray writes."""
+def check_disk(nodes: Mapping[str, NodeFacts], need_bytes: int, free_bytes: int, storage: str, cure: str) -> Check:
+    """Whether checkpoints of `need_bytes` fit into `storage`, and the nodes have room for decoded images and what Ray
+    writes."""
     faults = []
     if need_bytes > free_bytes:
         faults.append(
             f"the checkpoints take up to {need_bytes / 1e6:.0f} MB but {storage} has {free_bytes / 1e6:.0f} MB free; "
-            "make room, or set run.storage_path to another folder"
+            f"make room, or {cure}"
         )
     for name, facts in nodes.items():
         for folder, full in facts.full.items():

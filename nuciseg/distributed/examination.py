@@ -11,7 +11,6 @@ from pathlib import Path
 import ray
 
 from nuciseg.config import Config
-from nuciseg.data.cache import default_cache_dir
 from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import measure_all_reduce
 from nuciseg.distributed.checks import Check, failed, passed
@@ -20,7 +19,7 @@ from nuciseg.distributed.cluster import connect, gpus_within_reach, require_room
 from nuciseg.distributed.node_facts import NodeFacts, first_image, node_facts, versions, wandb_state
 from nuciseg.distributed.nodes import ANSWER_TIMEOUT_S, alive_nodes, on_every_node
 from nuciseg.distributed.rehearsal import rehearse
-from nuciseg.distributed.runs import disk_need
+from nuciseg.distributed.runs import disk_need, trial_disk_bytes
 from nuciseg.distributed.space import refuse_elastic_trials
 from nuciseg.distributed.storage import require_shared
 from nuciseg.engine.network import count_parameters
@@ -43,10 +42,11 @@ def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False)
     answers = on_every_node(node_facts, config, in_own_process=True)
     yield (answering := checks.check_nodes(answers))
     nodes = {name: answer.value for name, answer in answers.items() if answer.value is not None}
-    yield from _about_nodes(config, nodes)
+    coming = _coming_gpus(config, nodes)
+    yield from _about_nodes(config, nodes, coming)
     if not answering.passed:
         return  # each question to all nodes would wait for the same one
-    if _coming_gpus(config, nodes):
+    if coming:
         yield passed("all-reduce", f"not measured: {NO_GPU_YET}")
     else:
         yield _attempted("all-reduce", lambda: _all_reduce(config))
@@ -68,13 +68,13 @@ def examine(config: Config, *, kill_worker: bool = False, verbose: bool = False)
         yield failed("recovery", "not tried: it needs the storage, see above")
 
 
-def _about_nodes(config: Config, nodes: dict[str, NodeFacts]) -> Iterator[Check]:
+def _about_nodes(config: Config, nodes: dict[str, NodeFacts], coming: int) -> Iterator[Check]:
     names = alive_nodes()
     of_ray = {names[n["NodeID"]]: int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["NodeID"] in names}
     yield checks.check_versions(nodes, versions())
     gpus = {name: of_ray.get(name, 0) for name in nodes}
-    yield checks.check_gpus(nodes, gpus, _coming_gpus(config, nodes))
-    if _coming_gpus(config, nodes):
+    yield checks.check_gpus(nodes, gpus, coming)
+    if coming:
         yield passed("bf16", f"not looked at: {NO_GPU_YET}")
     else:
         yield checks.check_precision(nodes, config.train.precision, config.scale.use_gpu)
@@ -130,9 +130,13 @@ def _storage(location: Path | str) -> Check:
 
 def _disk(config: Config, nodes: dict[str, NodeFacts]) -> Check:
     location = config.run.storage_path
-    folder = default_cache_dir() if isinstance(location, str) else location.resolve()  # of buckets copies are written
+    if isinstance(location, str):  # what a node trains lies in its cache, too
+        name, facts = min(nodes.items(), key=lambda node: node[1].cache_free_bytes)
+        cure = "set NUCISEG_CACHE there to another folder"
+        return checks.check_disk(
+            nodes, trial_disk_bytes(config), facts.cache_free_bytes, f"the cache of node {name}", cure
+        )
+    folder = location.resolve()
     existing = next(each for each in (folder, *folder.parents) if each.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    return checks.check_disk(
-        nodes, disk_need(config), free_bytes, str(folder if isinstance(location, str) else location)
-    )
+    cure = "set run.storage_path to another folder"
+    return checks.check_disk(nodes, disk_need(config), shutil.disk_usage(existing).free, str(location), cure)

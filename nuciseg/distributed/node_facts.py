@@ -27,12 +27,13 @@ PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 @dataclass(frozen=True)
 class NodeFacts:
     """`versions` by what has them, `gpus` by name, `precision` that `train.precision: auto` takes there, `full` the
-    share of its disks that is taken, by folder."""
+    share of its disks that is taken, by folder, `cache_free_bytes` for copies of images and of runs in a bucket."""
 
     versions: Mapping[str, str]
     gpus: tuple[str, ...]
     precision: str
     full: Mapping[str, float]
+    cache_free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def node_facts(config: Config) -> NodeFacts:
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
         precision=PRECISIONS[choose_precision(TrainConfig(), local_device()).dtype],
         full={str(folder): _full(folder) for folder in (Path(tempfile.gettempdir()), caches)},
+        cache_free_bytes=_usage(default_cache_dir()).free,
     )
 
 
@@ -91,6 +93,10 @@ def _digest_of_files() -> str:
 
 
 def _full(folder: Path) -> float:
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
-    usage = shutil.disk_usage(existing)
+    usage = _usage(folder)
     return 1 - usage.free / usage.total
+
+
+def _usage(folder: Path) -> shutil._ntuple_diskusage:
+    """Of the disk that the folder lies on, or will lie on."""
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists()))

@@ -1,4 +1,4 @@
-"""A search whose driver is killed or interrupted goes on by `--resume` as if nothing had happened.
+"""A search or run whose driver is killed or interrupted goes on by `--resume` as if nothing had happened.
 
 Each driver starts its own Ray.
 """
@@ -44,12 +44,12 @@ SEARCH = {
 
 
 class Driver:
-    """`python -m nuciseg.tune` as a process whose own processes can be told from those of any other."""
+    """`python -m nuciseg.VERB` as a process whose own processes can be told from those of any other."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, verb: str, *words: str) -> None:
         self.log = folder / "driver.log"
         with self.log.open("a") as log:
-            command = [sys.executable, "-m", "nuciseg.tune", *words]
+            command = [sys.executable, "-m", f"nuciseg.{verb}", *words]
             # Whoever runs the tests in the background ignores SIGINT, and so would all that it starts.
             self.process = psutil.Popen(
                 command,
@@ -114,7 +114,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
         """With enough epochs to go that they do not end while the driver does."""
         return [run_dir for run_dir in trial_dirs() if 2 <= len(logged_epochs(run_dir)) <= NUM_EPOCHS // 2]
 
-    drivers.append(Driver(tmp_path, "--config", "search.yaml"))
+    drivers.append(Driver(tmp_path, "tune", "--config", "search.yaml"))
     wait_until(
         lambda: bool(finished() and running()) or not drivers[0].process.is_running(), "a finished and a running trial"
     )
@@ -133,7 +133,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
     assert len(kept) < num_trials
 
     with recovery_shown(f"a search ended by {by.name}, from --resume", lambda: max(interrupted)):
-        drivers.append(Driver(tmp_path, "--resume", "runs/search"))
+        drivers.append(Driver(tmp_path, "tune", "--resume", "runs/search"))
         drivers[1].process.wait(timeout=500)
     log = drivers[1].log.read_text()
     assert drivers[1].process.returncode == 0, log
@@ -171,3 +171,32 @@ def test_an_interrupted_search_goes_on_where_it_was(
     if final:
         assert logged_epochs(folder / "final") == list(range(1, NUM_EPOCHS + 1))
         assert (folder / "final" / FINISHED_FILE).exists()
+
+
+def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path: Path, drivers: list[Driver]) -> None:
+    of_two = {
+        "train": {"epochs": 30},
+        "scale": {"num_workers": 2, "cpus_per_worker": 1},
+        "tracking": {"kind": "offline"},
+        "run": {"storage_path": "runs"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(merged(QUICK_TO_LEARN, of_two)))
+    calm, stopped = (tmp_path / "runs" / name for name in ("calm", "stopped"))
+
+    def start(*words: str) -> Driver:
+        drivers.append(Driver(tmp_path, "train", *words))
+        return drivers[-1]
+
+    assert start("--config", "run.yaml", "--run.name", "calm").process.wait(timeout=200) == 0
+    driver = start("--config", "run.yaml", "--run.name", "stopped")
+    wait_until(lambda: len(logged_epochs(stopped)) >= 2 or not driver.process.is_running(), "two epochs")
+    assert driver.interrupt(signal.SIGTERM) == StoppedError.exit_code, driver.log.read_text()
+    last = driver.log.read_text().splitlines()[-1]
+    assert re.fullmatch(
+        r"nuciseg: asked to stop in epoch \d+, after a checkpoint; go on with --resume \S*runs/stopped", last
+    )
+    assert len(logged_epochs(stopped)) < 30
+    assert start("--resume", "runs/stopped").process.wait(timeout=200) == 0
+    assert logged_epochs(stopped) == list(range(1, 31))
+    assert_one_wandb_run(stopped)
+    assert_same_run(stopped, calm)

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from nuciseg.config import Config
 from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import NUM_BYTES, AllReduce
 from nuciseg.distributed.checks import Check
+from nuciseg.distributed.examination import _disk
 from nuciseg.distributed.node_facts import Images, NodeFacts
 from nuciseg.distributed.nodes import Result, describe_task_error, node_names
 from nuciseg.errors import DataError
 
 VERSIONS = {"Python": "3.11.9", "Ray": "2.60.0", "torch": "2.13.0", "nuciseg": "0.1.0 (1a2b3c4d)"}
-CPU = NodeFacts(versions=VERSIONS, gpus=(), precision="bf16", full={"/tmp": 0.5})
+CPU = NodeFacts(versions=VERSIONS, gpus=(), precision="bf16", full={"/tmp": 0.5}, cache_free_bytes=10**9)
 GPU = replace(CPU, gpus=("A10G", "A10G"))
 
 
@@ -89,10 +91,16 @@ def test_clocks_agree_within_two_seconds() -> None:
 
 
 def test_checkpoints_fit_and_no_disk_is_full() -> None:
-    passes(checks.check_disk({"a": CPU}, 10**6, 10**9, "runs"), "up to 1 MB of 1000 MB free in runs")
-    fails(checks.check_disk({"a": CPU}, 10**9, 10**6, "runs"), "up to 1000 MB but runs has 1 MB free", "storage_path")
+    passes(checks.check_disk({"a": CPU}, 10**6, 10**9, "runs", "go"), "up to 1 MB of 1000 MB free in runs")
+    fails(checks.check_disk({"a": CPU}, 10**9, 10**6, "runs", "go"), "up to 1000 MB but runs has 1 MB free", "or go")
     full = replace(CPU, full={"/tmp": 0.97})
-    fails(checks.check_disk({"a": full}, 1, 10**9, "runs"), "the disk of /tmp on node a is 97% full", "95%")
+    fails(checks.check_disk({"a": full}, 1, 10**9, "runs", "go"), "the disk of /tmp on node a is 97% full", "95%")
+
+
+def test_of_runs_in_a_bucket_each_node_has_copies() -> None:
+    config = Config().replaced({"run.storage_path": "s3://bucket/runs"})
+    assert _disk(config, {"a": CPU}).passed
+    fails(_disk(config, {"a": CPU, "b": replace(CPU, cache_free_bytes=10**6)}), "the cache of node b has 1 MB free")
 
 
 @pytest.mark.parametrize(
