@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         resumed_config,
         train_identity,
     )
-    from nuciseg.distributed.storage import require_shared
     from nuciseg.distributed.training import check_room, run_training
     from nuciseg.distributed.worker import Job, describe_run_dir
     from nuciseg.engine.checkpoint import CheckpointStore
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = opened(args.resume)
         config = resumed_config(run, flags(parsed_args=args)(), args.config)
         check_room(config, verbose=args.verbose)
-        require_shared(args.resume)
+        check_storage(config, args.resume, begun=True)
     else:
         config = config_from_args(flags, args, base)
         alone = _without_search(config)

@@ -145,8 +145,8 @@ def fetch_file(source: BucketFolder, file: StoredFile, path: Path) -> _Fetched:
                 f"{source.uri}/{file.name} came with {path.stat().st_size} of {file.num_bytes} bytes; try again once "
                 "nobody writes there"
             )
-        # Two equal copies are as good: storage that encrypts with keys of its own tells no hash of what was stored.
-        if _is_as_stored(path, metadata) or digest in digests:
+        is_as_stored = _is_as_stored(path, metadata)
+        if is_as_stored or (is_as_stored is None and digest in digests):
             return _Fetched(file.num_bytes, path.stat().st_mtime_ns, digest)
         digests.add(digest)
     raise ResourceError(f"{source.uri}/{file.name} comes damaged, each time otherwise; check the network")
@@ -162,19 +162,23 @@ def _copy(source: BucketFolder, name: str, path: Path) -> tuple[str, Mapping[str
         return own.hexdigest(), _metadata(stream, f"{source.uri}/{name}")
 
 
-def _is_as_stored(path: Path, metadata: Mapping[str, bytes]) -> bool:
+def _is_as_stored(path: Path, metadata: Mapping[str, bytes]) -> bool | None:
     """Whether the file has the MD5 that the storage tells: Google's has its own field, that of S3 is its ETag, or, of
-    an object that was sent in parts, which had one of the usual sizes, the MD5 of its parts' MD5s."""
-    if "md5Hash" in metadata:
+    an object that was sent in parts, which had one of the usual sizes, the MD5 of its parts' MD5s.
+
+    None where that cannot be known, so that two equal copies have to do: an ETag is another hash where S3 encrypts with
+    keys of its own, or the parts had another size.
+    """
+    if metadata.get("md5Hash"):
         return b64decode(metadata["md5Hash"]) == _md5(path)
     etag = re.fullmatch(r'"?([0-9a-f]{32})(?:-(\d+))?"?', metadata.get("ETag", b"").decode())
     if etag is None:
-        return False
+        return None
     if etag[2] is None:
-        return etag[1] == _md5(path).hex()
+        return etag[1] == _md5(path).hex() or None
     num_bytes, num_parts = path.stat().st_size, int(etag[2])
     sizes = [size for size in (mib * 2**20 for mib in PARTS_MIB) if -(-num_bytes // size) == num_parts]
-    return any(etag[1] == _md5_of_parts(path, size).hex() for size in sizes)
+    return any(etag[1] == _md5_of_parts(path, size).hex() for size in sizes) or None
 
 
 def _md5(path: Path) -> bytes:
@@ -185,8 +189,11 @@ def _md5(path: Path) -> bytes:
 def _md5_of_parts(path: Path, num_bytes: int) -> bytes:
     whole = md5(usedforsecurity=False)
     with path.open("rb") as file:
-        while part := file.read(num_bytes):
-            whole.update(md5(part, usedforsecurity=False).digest())
+        for start in range(0, path.stat().st_size, num_bytes):
+            part = md5(usedforsecurity=False)
+            while (left := start + num_bytes - file.tell()) and (piece := file.read(min(left, CHUNK_BYTES))):
+                part.update(piece)
+            whole.update(part.digest())
     return whole.digest()
 
 

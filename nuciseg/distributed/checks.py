@@ -135,7 +135,7 @@ def check_wandb(answers: Mapping[str, Result[str]]) -> Check:
     if keyless and len(keyless) < len(states):
         faults.append(
             f"node {', '.join(keyless)} has no W&B key, so runs whose first worker lies there are kept offline; give "
-            "every node the key in ~/.netrc or WANDB_API_KEY"
+            "every node the key in ~/.netrc, or in the file that NETRC names there, or in WANDB_API_KEY"
         )
     said = {
         "none": "not used (tracking.kind is none, or W&B is disabled)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import ray
 
 from nuciseg.config import Config
+from nuciseg.data.cache import default_cache_dir
 from nuciseg.distributed import checks
 from nuciseg.distributed.all_reduce import measure_all_reduce
 from nuciseg.distributed.checks import Check, failed, passed
 from nuciseg.distributed.clocks import clock_offsets
 from nuciseg.distributed.cluster import connect, gpus_within_reach, require_room_for_runs, worker_need
-from nuciseg.distributed.node_facts import NodeFacts, first_image, node_facts, versions, wandb_state
+from nuciseg.distributed.node_facts import NodeFacts, disk_usage, first_image, node_facts, versions, wandb_state
 from nuciseg.distributed.nodes import ANSWER_TIMEOUT_S, alive_nodes, on_every_node
 from nuciseg.distributed.rehearsal import rehearse
 from nuciseg.distributed.runs import disk_need, trial_disk_bytes
@@ -103,7 +103,8 @@ def _room(config: Config) -> Check:
 
 def _coming_gpus(config: Config, nodes: dict[str, NodeFacts]) -> int:
     """How many GPUs an autoscaled cluster without any may add, which workers would then train on."""
-    if config.scale.use_gpu is False or any(facts.gpus for facts in nodes.values()):
+    here = ray.cluster_resources().get("GPU", 0) or any(facts.gpus for facts in nodes.values())
+    if here or config.scale.use_gpu is False:
         return 0
     return gpus_within_reach()
 
@@ -130,13 +131,14 @@ def _storage(location: Path | str) -> Check:
 
 def _disk(config: Config, nodes: dict[str, NodeFacts]) -> Check:
     location = config.run.storage_path
-    if isinstance(location, str):  # what a node trains lies in its cache, too
-        name, facts = min(nodes.items(), key=lambda node: node[1].cache_free_bytes)
+    if isinstance(location, str):  # what a node trains lies in its cache, too, and all of it in this one's
         cure = "set NUCISEG_CACHE there to another folder"
-        return checks.check_disk(
+        name, facts = min(nodes.items(), key=lambda node: node[1].cache_free_bytes)
+        cache = default_cache_dir()
+        of_node = checks.check_disk(
             nodes, trial_disk_bytes(config), facts.cache_free_bytes, f"the cache of node {name}", cure
         )
-    folder = location.resolve()
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+        of_all = checks.check_disk(nodes, disk_need(config), disk_usage(cache).free, str(cache), cure)
+        return of_node if of_all.passed else of_all
     cure = "set run.storage_path to another folder"
-    return checks.check_disk(nodes, disk_need(config), shutil.disk_usage(existing).free, str(location), cure)
+    return checks.check_disk(nodes, disk_need(config), disk_usage(location.resolve()).free, str(location), cure)

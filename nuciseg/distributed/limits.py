@@ -38,7 +38,7 @@ CLOSED_DIR = ".closed"  # while there is a file in it no trial begins; those tha
 CLOSED_MARK = "closed"
 LOOK_S = 1.0
 PUSH_S = 60.0
-PATIENCE_S = 600.0  # and two epochs: so long a trial is waited for
+PATIENCE_S = 600.0  # and two of its epochs: so long a trial is waited for
 MOST_OF_TIME = 0.05  # looking at many files on a slow disk takes at most this share of the driver's time
 BYTES_PER_GB = 1e9
 
@@ -176,12 +176,12 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         self._bound: Bound | None = None
         self._running: set[str] = set()
         self._awaited: set[str] = set()
-        self._longest_epoch_s = 0.0
+        self._epoch_s: dict[str, float] = {}  # the last one of each trial that has reported
         self._earlier_s, self._started_s = spent_seconds(self.folder), time.monotonic()
         self._next_look_s = self._next_push_s = self._started_s
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self._longest_epoch_s = max(self._longest_epoch_s, result.get("time_this_iter_s", 0.0))
+        self._epoch_s[trial.trial_id] = result.get("time_this_iter_s", 0.0)
         if self._bound is not None and self._bound.ends_running:
             self._awaited.discard(trial.trial_id)  # it reports what it has kept a checkpoint of
 
@@ -193,9 +193,12 @@ class Limits(tune.Callback):  # type: ignore[misc]  # ray is untyped
         if self._bound is None:
             return
         self._awaited &= running - self.search.marks(CLOSED_DIR)
-        waited_s = time.monotonic() - self._reached_s
-        if self._bound.ends_running and waited_s > PATIENCE_S + 2 * self._longest_epoch_s:
-            self._awaited.clear()
+        if self._bound.ends_running:
+            waited_s = time.monotonic() - self._reached_s
+            unheard_s = self._reached_s - self._started_s  # of one that has not reported: its epoch may take as long
+            self._awaited = {
+                each for each in self._awaited if waited_s < PATIENCE_S + 2 * self._epoch_s.get(each, unheard_s)
+            }
         all_ended = len(trials) >= self._num_trials and all(trial.is_finished() for trial in trials)
         if not self._awaited and not all_ended:
             raise ClosedError(self._bound, trials, max(self._num_trials, len(trials)))

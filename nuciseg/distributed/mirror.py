@@ -150,7 +150,7 @@ class Mirror:
             return
         bucket = patiently(lambda: BucketFolder(f"{self.uri}/{folder}"))
         for name in self.marks(folder):
-            bucket.delete(name)
+            patiently(partial(bucket.delete, name))
 
     # --- one file -----------------------------------------------------------------------------------------------------
 
@@ -214,8 +214,8 @@ class Mirror:
                     waiting.discard(name)
                 there = {file.name: file for file in bucket.files(below=False)}
                 for name in [name for name in received if there.get(name) != seen[name]]:
-                    seen[name] = there.get(name)
                     self._replace(name, bucket.read(name) if name in there else None)
+                    seen[name] = there.get(name)
 
     def _replace(self, name: str, data: bytes | None) -> None:
         path = self.folder / name

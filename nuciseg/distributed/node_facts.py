@@ -52,7 +52,7 @@ def node_facts(config: Config) -> NodeFacts:
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
         precision=PRECISIONS[choose_precision(TrainConfig(), local_device()).dtype],
         full={str(folder): _full(folder) for folder in (Path(tempfile.gettempdir()), caches)},
-        cache_free_bytes=_usage(default_cache_dir()).free,
+        cache_free_bytes=disk_usage(default_cache_dir()).free,
     )
 
 
@@ -93,10 +93,10 @@ def _digest_of_files() -> str:
 
 
 def _full(folder: Path) -> float:
-    usage = _usage(folder)
+    usage = disk_usage(folder)
     return 1 - usage.free / usage.total
 
 
-def _usage(folder: Path) -> shutil._ntuple_diskusage:
+def disk_usage(folder: Path) -> shutil._ntuple_diskusage:
     """Of the disk that the folder lies on, or will lie on."""
     return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists()))

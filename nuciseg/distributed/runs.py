@@ -66,10 +66,12 @@ def check_precision(config: Config) -> None:
             choose_precision(variant.train, torch.device("cpu"))
 
 
-def check_storage(config: Config) -> None:
-    """Raise ResourceError where nodes of the connected cluster could not work in the run's folder or lack its files."""
-    require_shared(config.run.storage_path)
-    require_everywhere(files_of_nodes(config))
+def check_storage(config: Config, folder: Path | str | None = None, *, begun: bool = False) -> None:
+    """Raise ResourceError where nodes of the connected cluster could not work in `folder`, by default the one for all
+    runs, or lack files; a run that has `begun` needs its data alone."""
+    require_shared(config.run.storage_path if folder is None else folder)
+    files = files_of_nodes(config)
+    require_everywhere({setting: path for setting, path in files.items() if not begun or setting == "data.root"})
 
 
 def files_of_nodes(config: Config) -> dict[str, Path]:

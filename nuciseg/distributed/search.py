@@ -38,9 +38,9 @@ from nuciseg.distributed.mirror import Mirror, working_copy
 from nuciseg.distributed.newcomers import Newcomers
 from nuciseg.distributed.nodes import node_must_go
 from nuciseg.distributed.progress import SearchProgress
-from nuciseg.distributed.runs import HANDED_OVER, files_of_nodes
+from nuciseg.distributed.runs import HANDED_OVER, check_storage, files_of_nodes
 from nuciseg.distributed.space import build_space, configure
-from nuciseg.distributed.storage import await_seen, require_shared
+from nuciseg.distributed.storage import await_seen
 from nuciseg.distributed.training import fit_workers, reported, storage_of_ray
 from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, best_first, describe, plain_values
 from nuciseg.distributed.twins import take_over_twin
@@ -122,7 +122,7 @@ def resume_search(config: Config, folder: Path | Mirror, *, verbose: bool) -> li
     check_data(config)  # a drive that is not there yet must not end every trial
     plan = _plan(config, folder, verbose)
     concurrent = _concurrent_trials(config, plan.need)
-    require_shared(plan.search.uri or plan.folder)
+    check_storage(config, plan.search.uri or plan.folder)
     storage = storage_of_ray(plan.search)
     path, system = storage["storage_path"], storage.get("storage_filesystem")
     if not tune.Tuner.can_restore(path, storage_filesystem=system):

@@ -40,8 +40,9 @@ def seconds_left() -> float | None:
             f"{METADATA_URL}/meta-data/spot/instance-action", headers={"X-aws-ec2-metadata-token": token}
         )
         with _open(ask, timeout=TIMEOUT_S) as answer:
-            at = datetime.fromisoformat(json.loads(answer.read())["time"].replace("Z", "+00:00"))
-    except (OSError, HTTPException, ValueError, KeyError):  # 404 as long as there is no notice; or a broken answer
+            at = datetime.strptime(json.loads(answer.read())["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    # 404 as long as there is no notice, or a broken answer
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return None
     return (at - datetime.now(UTC)).total_seconds()
 

@@ -79,26 +79,31 @@ def require_shared_by_joined(folder: Path | None, files: Mapping[str, Path], kno
     A node that does not answer is asked again the next time: it may be starting, or gone. So are all where the storage
     is away. Raises ResourceError where one answers that it sees another folder, may not write, or lacks a file.
     """
-    joined = {node_id: name for node_id, name in alive_nodes().items() if node_id not in known}
+    joined: Mapping[str, str] = {id: name for id, name in alive_nodes().items() if id not in known}
     if not joined:
         return
-    asked: list[tuple[str, Mapping[str, Result[str | None]], str]] = []
     if folder is not None:
         try:
-            asked.append((f"the search lies in {folder}", _probe(folder, joined), _share_it(STORAGE_SETTING)))
+            answers = _probe(folder, joined)
         except ResourceError as error:
             if error.__cause__ is not None and is_away(error.__cause__):
                 return
             raise
+        joined = _judged(answers, joined, f"the search lies in {folder}", _share_it(STORAGE_SETTING))
     for setting, path in files.items():
         path = path.resolve()
-        asked.append((f"{setting} is {path}", on_every_node(_what_is_missing, path, among=joined), PUT_IT_THERE))
-    silent = set()
-    for what, answers, cure in asked:
-        answered = {name: answer for name, answer in answers.items() if answer.failure is None}
-        _refuse(what, answered, cure)
-        silent |= set(joined.values()) - set(answered)
-    known.update(node_id for node_id, name in joined.items() if name not in silent)
+        answers = on_every_node(_what_is_missing, path, among=joined)
+        joined = _judged(answers, joined, f"{setting} is {path}", PUT_IT_THERE)
+    known.update(joined)
+
+
+def _judged(
+    answers: Mapping[str, Result[str | None]], nodes: Mapping[str, str], what: str, cure: str
+) -> Mapping[str, str]:
+    """Those of `nodes` that answered, well; raises ResourceError where one did not answer well."""
+    answered = {name: answer for name, answer in answers.items() if answer.failure is None}
+    _refuse(what, answered, cure)
+    return {node_id: name for node_id, name in nodes.items() if name in answered}
 
 
 def await_seen(path: Path) -> None:

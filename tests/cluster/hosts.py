@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -206,11 +207,12 @@ class Lan:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for host in self._hosts:
-            host.power_off()
-        if self._switch is not None:
-            self._switch.kill()
-            self._switch.wait()
+        with ExitStack() as ends:  # each of them, whatever the others raise
+            if self._switch is not None:
+                ends.callback(self._switch.wait)
+                ends.callback(self._switch.kill)
+            for host in self._hosts:
+                ends.callback(host.power_off)
 
     def add(self, name: str, number: int, *, has_key: bool = False, login: Sequence[str] = (), boot: str = "") -> Host:
         """Start a new host with address 10.77.0.`number`.

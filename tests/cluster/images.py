@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +30,8 @@ USER_ID = 1000  # there, and in the image
 OPEN_FILES = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
 _COMMANDS = {"buildah": "buildah", "debootstrap": "debootstrap", "dockerd": "docker.io", "sudo": "sudo"}
 _DOCKER_DRIVERS = {"overlay": "overlay2", "vfs": "vfs"}  # as buildah calls them, and Docker
+_FOLDERS = Path("/var/tmp").resolve()  # hosts have a /tmp of their own
+_PREFIX = "nuciseg-image-"  # before the number of the process that works there
 _TAKES_GB = 12  # for a while: what is built, its archive for Docker, and what Docker makes of it
 _MEMORY_GB = _TAKES_GB + 6  # with what the tests beside take
 
@@ -57,9 +59,9 @@ def why_no_images() -> str | None:
     missing = [package for command, package in _COMMANDS.items() if shutil.which(command) is None]
     if missing:
         return f"Debian packages are missing: apt-get install --no-install-recommends {' '.join(missing)}"
-    free_gb = shutil.disk_usage("/var/tmp").free / 1e9
+    free_gb = shutil.disk_usage(_FOLDERS).free / 1e9
     if free_gb < _TAKES_GB and not _fits_into_memory():
-        return f"/var/tmp has {free_gb:.0f} GB free, the image takes {_TAKES_GB}"
+        return f"{_FOLDERS} has {free_gb:.0f} GB free, the image takes {_TAKES_GB}"
     return None
 
 
@@ -85,7 +87,11 @@ class Image:
 @contextmanager
 def built_image(name: str) -> Iterator[Image]:
     """The image of the Dockerfile as it is now. Machines must be off when the block ends: all is removed then."""
-    folder = Path(tempfile.mkdtemp(prefix="nuciseg-image-", dir="/var/tmp"))  # hosts have a /tmp of their own
+    if (reason := why_no_images()) is not None:  # others may have filled memory or disk meanwhile
+        pytest.skip(reason)
+    _remove_what_killed_tests_left()
+    folder = _FOLDERS / f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    folder.mkdir()
     try:
         if _fits_into_memory():  # which takes half the time and cores
             _said_by("mount", "-t", "tmpfs", "-o", f"size={_TAKES_GB}g", "tmpfs", folder, timeout_s=10)
@@ -99,12 +105,23 @@ def built_image(name: str) -> Iterator[Image]:
         archive.unlink()
         yield image
     finally:
-        _unmount(folder)
-        groups = Path("/sys/fs/cgroup")
-        for group in (groups / folder.name, *groups.glob(f"*/{folder.name}")):  # of cgroups' second and first version
-            for inner, _, _ in os.walk(group, topdown=False):
-                os.rmdir(inner)
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """All of an image and its machines, which are off."""
+    _unmount(folder)
+    groups = Path("/sys/fs/cgroup")
+    for group in (groups / folder.name, *groups.glob(f"*/{folder.name}")):  # of cgroups' second and first version
+        for inner, _, _ in os.walk(group, topdown=False):
+            os.rmdir(inner)
+    shutil.rmtree(folder)
+
+
+def _remove_what_killed_tests_left() -> None:
+    for folder in _FOLDERS.glob(f"{_PREFIX}*-*"):
+        if not psutil.pid_exists(int(folder.name.removeprefix(_PREFIX).split("-")[0])):
+            _remove(folder)
 
 
 def pins() -> dict[str, str]:
@@ -188,7 +205,8 @@ def _unmount(folder: Path) -> None:
     """Takes away what is mounted there."""
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for mount in sorted((path for path in mounted if Path(path).is_relative_to(folder)), reverse=True):
-        subprocess.run(["umount", mount], check=True)
+        # Lazily: of a command that ran into its time limit a process may be left that works there.
+        subprocess.run(["umount", "--lazy", mount], check=True)
 
 
 def _add_engine(image: Image, lan: Lan, name: str, number: int, root: Path) -> Host:

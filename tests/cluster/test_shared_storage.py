@@ -17,8 +17,10 @@ from small_runs import wait_until
 
 from nuciseg import predict, train, tune
 from nuciseg.cli import run_verb
+from nuciseg.config import Config
 from nuciseg.distributed.cluster import quieten
 from nuciseg.distributed.nodes import alive_nodes
+from nuciseg.distributed.runs import check_storage
 from nuciseg.distributed.storage import require_everywhere, require_shared, require_shared_by_joined
 from nuciseg.errors import ResourceError
 
@@ -75,6 +77,9 @@ def test_a_path_that_a_node_lacks_is_named(hidden: Path, tmp_path: Path) -> None
     require_everywhere({"data.root": tmp_path})
     with pytest.raises(ResourceError, match=r"data.root is \S+/data, but node .* has no such path; put it on"):
         require_everywhere({"data.root": hidden / "data"})
+    config = Config().replaced({"data.root": str(hidden / "data"), "data.format": "labels"})
+    with pytest.raises(ResourceError, match=r"data.root is \S+/data, but node .* has no such path; put it on"):
+        check_storage(config, tmp_path, begun=True)  # as --resume does
 
 
 def test_a_node_that_joined_without_a_file_is_named(hidden: Path, tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ class PlayedSearch:
             self.trials[number].status = "RUNNING"
         self.limits.on_step_end(1, self.trials)
 
-    def report(self, number: int, **figures: float) -> None:
-        self.limits.on_trial_result(1, self.trials, self.trials[number], figures)
+    def report(self, number: int) -> None:
+        self.limits.on_trial_result(1, self.trials, self.trials[number], {})
 
     def write_checkpoint_of(self, number: int, num_bytes: int) -> None:
         (self.folder / f"t{number}").mkdir(exist_ok=True)
@@ -140,11 +140,15 @@ def test_the_loop_is_left_when_every_running_trial_has_reported(tmp_path: Path) 
 def test_a_trial_that_says_nothing_for_long_is_not_waited_for(tmp_path: Path) -> None:
     """Its node is gone and none takes its place."""
     search = PlayedSearch(tmp_path, 2, **{"search.max_hours": 1e-9})
+    search.limits.on_trial_result(1, search.trials, search.trials[0], {"time_this_iter_s": 100.0})
+    search.limits._started_s -= 300  # before the bound was reached; the second trial is in its first epoch
     search.step(running=(0, 1))
-    search.report(0, time_this_iter_s=100.0)
-    search.limits._reached_s -= PATIENCE_S + 2 * 100 - 5
+    search.limits._reached_s -= PATIENCE_S + 2 * 100 + 5
+    search.limits._started_s -= PATIENCE_S + 2 * 100 + 5
     search.step()
-    search.limits._reached_s -= 10
+    assert search.limits._awaited == {"t1"}
+    search.limits._reached_s -= 2 * 200 + 10
+    search.limits._started_s -= 2 * 200 + 10
     with pytest.raises(ClosedError) as closed:
         search.step()
     assert closed.value.unfinished == {"t0", "t1"}

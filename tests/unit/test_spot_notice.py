@@ -35,10 +35,9 @@ def test_a_broken_answer_is_no_notice_and_the_next_is_asked_for(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.notice_s = 120.0
-    monkeypatch.setattr(spot_notice.json, "loads", lambda text: {})
-    assert spot_notice.seconds_left() is None
-    monkeypatch.setattr(spot_notice.json, "loads", lambda text: {"time": "soon"})
-    assert spot_notice.seconds_left() is None
+    for answer in ({}, [], None, {"time": "soon"}, {"time": None}, {"time": "2026-11-28T08:22:00"}):
+        monkeypatch.setattr(spot_notice.json, "loads", lambda text, answer=answer: answer)
+        assert spot_notice.seconds_left() is None
 
 
 def test_where_nobody_answers_there_is_no_notice(monkeypatch: pytest.MonkeyPatch) -> None:
