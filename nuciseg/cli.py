@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from nuciseg.buckets import location
 from nuciseg.errors import NucisegError
+from nuciseg.startup import imports_are_done, imports_begin
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 UNHEARD = 141  # 128 + SIGPIPE
@@ -58,11 +59,13 @@ def run_verb(main: Callable[[], None]) -> NoReturn:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    imports_begin()
     try:
         try:
             main()
         finally:
             sys.stdout.flush()
+            imports_are_done()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

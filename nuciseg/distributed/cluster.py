@@ -24,6 +24,7 @@ from nuciseg.distributed.priority import in_background
 from nuciseg.engine.precision import local_device
 from nuciseg.errors import ConfigError, ResourceError
 from nuciseg.scale import ScaleConfig, WorkerRange
+from nuciseg.startup import imports_are_done
 
 ANSWER_TIMEOUT_S = 10.0  # of the head's port; Ray itself tries for four minutes
 GPU_TRIAL_CPUS = 4  # feeds one GPU; fewer where the node has fewer
@@ -44,6 +45,7 @@ def connect(verbose: bool, **limits: int) -> None:
     Raises ResourceError for a cluster that does not answer, refuses this process, or runs other versions, and where Ray
     does not start; ConfigError for a RAY_TMPDIR that it cannot start in.
     """
+    imports_are_done()
     quieten(verbose)
     if ray.is_initialized():
         return

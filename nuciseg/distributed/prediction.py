@@ -18,6 +18,7 @@ from nuciseg.engine.precision import local_device
 from nuciseg.engine.prediction import Predictor
 from nuciseg.errors import DataError, ResourceError
 from nuciseg.outputs import ImageResult
+from nuciseg.startup import imports_are_done
 
 NUM_RETRIES = 3  # of an image whose process ended; an image that ends every process must not do so for ever
 
@@ -61,6 +62,7 @@ class _PredictingActor:
     """One network, kept for all the images that come to it. A full disk ends no actor: its sentence is handed on."""
 
     def __init__(self, checkpoint: Path, request: Request) -> None:
+        imports_are_done()
         self.predictor = Predictor.load(checkpoint, local_device())
         self.request = request
 

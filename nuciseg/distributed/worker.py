@@ -26,6 +26,7 @@ from nuciseg.errors import NucisegError, StoppedError, StorageAwayError
 from nuciseg.metrics import ImageScores, Scores, rank
 from nuciseg.patience import patiently
 from nuciseg.plots import triptych
+from nuciseg.startup import imports_are_done
 from nuciseg.tracking import RunIdentity, Tracker, open_tracker
 
 CONFIG_FILE = "config.yaml"
@@ -63,6 +64,7 @@ def run_worker(
     Every worker calls `report` after every epoch, and now and then `must_one_go`: whether the machine of one has to go.
     Raises NucisegError, with the reason noted in the folder.
     """
+    imports_are_done()
     come_to_foreground()
     failure = noted_failure(job.run_dir)
     if failure is not None:

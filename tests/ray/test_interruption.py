@@ -175,7 +175,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
 
 def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path: Path, drivers: list[Driver]) -> None:
     of_two = {
-        "train": {"epochs": 30},
+        "train": {"epochs": 12},
         "scale": {"num_workers": 2, "cpus_per_worker": 1},
         "tracking": {"kind": "offline"},
         "run": {"storage_path": "runs"},
@@ -195,8 +195,8 @@ def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path
     assert re.fullmatch(
         r"nuciseg: asked to stop in epoch \d+, after a checkpoint; go on with --resume \S*runs/stopped", last
     )
-    assert len(logged_epochs(stopped)) < 30
+    assert len(logged_epochs(stopped)) < 12
     assert start("--resume", "runs/stopped").process.wait(timeout=200) == 0
-    assert logged_epochs(stopped) == list(range(1, 31))
+    assert logged_epochs(stopped) == list(range(1, 13))
     assert_one_wandb_run(stopped)
     assert_same_run(stopped, calm)
