@@ -15,9 +15,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from ray.tune.search.optuna import OptunaSearch
-from small_runs import QUICK_TO_LEARN, assert_same_run, last_checkpoint, logged_epochs, recovery_shown, run, wait_until
+from small_runs import (
+    QUICK_TO_LEARN,
+    assert_same_run,
+    figures,
+    last_checkpoint,
+    logged_epochs,
+    recovery_shown,
+    run,
+    wait_until,
+)
 from wandb_offline import assert_one_wandb_run, read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
@@ -199,4 +209,10 @@ def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path
     assert start("--resume", "runs/stopped").process.wait(timeout=200) == 0
     assert logged_epochs(stopped) == list(range(1, 13))
     assert_one_wandb_run(stopped)
-    assert_same_run(stopped, calm)
+    found, expected = last_checkpoint(stopped), last_checkpoint(calm)
+    for mine, theirs in ((found.weights, expected.weights), (found.training, expected.training)):
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    for row, calm_row in zip(figures(found.progress.history), figures(expected.progress.history), strict=True):
+        # The workers' sums of the losses meet twice in the epoch that was cut, so their mean rounds otherwise.
+        assert row == pytest.approx(calm_row, rel=1e-6)
