@@ -90,7 +90,8 @@ def test_what_came_damaged_is_noticed(bucket: str, how: str, tmp_path: Path, mon
             chunk = read(stream, uri)
             if len(damaged) < num_damaged and chunk:
                 damaged.append(uri)
-                return os.urandom(1) * len(chunk)
+                # Google's hash counts more than two copies that are damaged alike.
+                return (b"x" if how == "gs" else os.urandom(1)) * len(chunk)
             return chunk
 
         monkeypatch.setattr(fetching, "_read", reading)
