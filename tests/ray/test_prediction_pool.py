@@ -146,15 +146,19 @@ def test_a_pool_whose_processes_die_ends_with_a_sentence(
 ) -> None:
     """After the first death, to save the time of starting others."""
     monkeypatch.setattr(prediction, "NUM_RETRIES", 0)
-    paths = write_fields(tmp_path / "many", 12, side_px=300)
+    paths = write_fields(tmp_path / "many", 12, side_px=600)
     out = tmp_path / "out"
 
-    def kill_all() -> None:
-        wait_until(lambda: bool(list(out.glob("*_masks.tif"))), "a finished image", limit_s=120)
-        for pid in actor_pids():
-            os.kill(pid, signal.SIGKILL)
+    def are_stopped_within_an_image() -> bool:
+        pids = actor_pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        within = bool(list(out.glob(".*.tmp")))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL if within else signal.SIGCONT)
+        return within
 
-    killer(kill_all)
+    killer(lambda: wait_until(are_stopped_within_an_image, "a process within an image", limit_s=120))
     request = Request(("masks",), out)
     with pytest.raises(ResourceError, match=r"a process that predicted ended 1 times on one image.* fewer --workers"):
         list(predict_files(paths, find_checkpoint(tiny_fields_run), request, num_workers=2))
