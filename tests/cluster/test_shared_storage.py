@@ -5,6 +5,8 @@ The second node is a raylet in a mount namespace of its own, where an empty file
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from small_runs import wait_until
 
 from nuciseg import predict, train, tune
 from nuciseg.cli import run_verb
-from nuciseg.config import Config
+from nuciseg.config import Config, write_config
+from nuciseg.distributed import newcomers, search
 from nuciseg.distributed.cluster import quieten
+from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.nodes import alive_nodes
 from nuciseg.distributed.runs import check_storage
 from nuciseg.distributed.storage import require_everywhere, require_shared, require_shared_by_joined
+from nuciseg.distributed.worker import CONFIG_FILE
 from nuciseg.errors import ResourceError
 
 SMALL = ("--data.synthetic.num_train=8", "--data.synthetic.num_test=1", "--model.depth=2", "--model.width=4")
@@ -93,6 +98,25 @@ def test_a_node_that_joined_without_a_file_is_named(hidden: Path, tmp_path: Path
     assert known == set(alive_nodes())
 
 
+def test_a_search_asks_a_node_that_joins_for_its_data(
+    hidden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a search in a bucket, which has no folder to ask for. What Tune calls as the search goes on is called here."""
+    (hidden / "crops").mkdir()
+    config = Config().replaced({"data.root": str(hidden / "crops"), "data.format": "labels"})
+    monkeypatch.setattr(newcomers, "LOOK_S", 0.0)
+    callbacks = search._callbacks(config, Mirror(tmp_path, below=False, uri="s3://bucket/search"), concurrent=1)
+    (asking,) = [each for each in callbacks if isinstance(each, newcomers.Newcomers)]
+    asking.setup()
+    asking.on_step_end(0, [])
+    head, joined = alive_nodes().items()
+    with monkeypatch.context() as before:
+        before.setattr(newcomers, "alive_nodes", lambda: dict([head]))
+        asking.setup()
+    with pytest.raises(ResourceError, match=rf"data.root is \S+/crops, but node {re.escape(joined[1])} has no such"):
+        asking.on_step_end(1, [])
+
+
 def refused(capsys: pytest.CaptureFixture[str], verb: object, *words: str | Path) -> str:
     with pytest.raises(SystemExit) as exit_:
         run_verb(lambda: verb.main([str(word) for word in words]))  # type: ignore[attr-defined]
@@ -100,6 +124,17 @@ def refused(capsys: pytest.CaptureFixture[str], verb: object, *words: str | Path
     assert exit_.value.code == 2, said
     assert len(said) == 1, said
     return said[0]
+
+
+def test_a_resumed_search_asks_every_node_for_its_data(
+    hidden: Path, tmp_path: Path, tiny_fields_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(tiny_fields_run.with_name("data"), hidden / "fields")
+    settings = {"data.root": str(data), "data.format": "labels", "search.space": {"seed": {"choice": [1]}}}
+    write_config(Config().replaced(settings), tmp_path / CONFIG_FILE)
+    said = refused(capsys, tune, "--resume", tmp_path)
+    assert said.startswith(f"nuciseg: data.root is {data}, but node "), said
+    assert "has no such path; put it on" in said
 
 
 def test_the_verbs_refuse_to_start(
@@ -115,6 +150,6 @@ def test_the_verbs_refuse_to_start(
     words = ("--checkpoint", tiny_fields_run, "--workers", "2")
     said = refused(capsys, predict, *words, *fields, "--out", hidden / "out")
     assert said.startswith(f"nuciseg: --out is {hidden / 'out'}, but node "), said
-    unseen = write_fields(hidden / "fields", 2)
+    unseen = write_fields(hidden / "unseen", 2)
     said = refused(capsys, predict, *words, *unseen, "--out", tmp_path / "out")
-    assert f"INPUT in {hidden / 'fields'} is " in said, said
+    assert f"INPUT in {hidden / 'unseen'} is " in said, said
