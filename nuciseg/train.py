@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nuciseg.distributed.training import check_room, run_training
     from nuciseg.distributed.worker import Job, describe_run_dir
     from nuciseg.engine.checkpoint import CheckpointStore
-    from nuciseg.engine.datasets import check_data
+    from nuciseg.engine.datasets import check_beginning, check_data
     from nuciseg.tracking import describe_run
 
     if args.resume is not None:
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         alone = _without_search(config)
         check_settings(alone, verbose=args.verbose)
         split = check_data(config)
+        check_beginning(config)
         check_room(config, verbose=args.verbose)
         check_precision(alone)
         check_storage(config)

@@ -228,13 +228,15 @@ def _check(config: Config, *, final: bool, verbose: bool) -> None:
     from nuciseg.distributed.runs import check_precision, check_settings, check_storage
     from nuciseg.distributed.search import check_search
     from nuciseg.distributed.space import build_space, variants
-    from nuciseg.engine.datasets import check_augmentation, check_data
+    from nuciseg.engine.datasets import check_augmentation, check_beginning, check_data
     from nuciseg.engine.network import stride_of
 
     build_space(config)
     check_settings(config, verbose=verbose)
     largest_stride = max(variants(config, "model"), key=stride_of)
     check_data(largest_stride)
+    for variant in variants(config, "data"):
+        check_beginning(variant)
     for variant in variants(config, "augment"):
         check_augmentation(variant)
     if final:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData, repeated_by_area
 from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
-from nuciseg.data.splits import Split, fold_records, listed_records, split_records
+from nuciseg.data.splits import Split, fold_records, held_out_by_stardist, listed_records, split_records
+from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.network import stride_of
 from nuciseg.errors import ConfigError, DataError
 from nuciseg.labels import median_diameter
@@ -101,6 +103,48 @@ def open_training_set(config: Config, stride: int) -> TrainingSet:
 def check_data(config: Config) -> Split:
     """Decode all training images into the cache; raises ConfigError or DataError before anything else is begun."""
     return open_training_set(config, stride_of(config)).split
+
+
+def check_beginning(config: Config) -> None:
+    """Raise ConfigError where `train.init_from` names weights that were taught with images that are held out here.
+
+    Which images those were is known where the split that the weights were trained on can be made again of these ones.
+    """
+    if config.train.init_from is None:
+        return
+    start = load_checkpoint(find_checkpoint(config.train.init_from))
+    then = start.config.data.model_copy(
+        update={key: getattr(config.data, key) for key in ("root", "format", "synthetic", "cache_dir")}
+    )
+    split = _divided_as(start.split_hash, _read(then, "train")[1], then)
+    if split is None:
+        return
+    taught = f"train.init_from {config.train.init_from}: its weights were trained on"
+    if then.pool_test and not config.data.pool_test:
+        raise ConfigError(f"{taught} the test images too, so they would be no test; set data.pool_test here as well")
+    held_out = divide(_read(config.data, "train")[1], config.data).validation_ids
+    seen = set(split.train_ids).intersection(held_out)
+    if seen:
+        keys = ("validation_fraction", "split_seed", "num_folds", "fold", "validation_list")
+        flags = [
+            f"--data.{key} {getattr(then, key)}" for key in keys if getattr(then, key) != getattr(config.data, key)
+        ]
+        raise ConfigError(
+            f"{taught} {len(seen)} of the {len(held_out)} images held out here, so their scores would be no "
+            f"validation; divide the images as they were then: {' '.join(flags)}"
+        )
+
+
+def _divided_as(split_hash: str, records: Sequence[Record], then: DataConfig) -> Split | None:
+    """The division of `records` that has this hash, where `then` or StarDist's rule gives it."""
+    with contextlib.suppress(ConfigError, DataError):  # the list is gone, or these are others
+        split = divide(records, then)
+        if split.hash == split_hash:
+            return split
+    ids = {record.id for record in records}
+    held_out = set(held_out_by_stardist(sorted(ids)))
+    split = Split((), (), tuple(ids - held_out), tuple(held_out), then.split_seed)
+    return split if split.hash == split_hash else None
 
 
 def check_augmentation(config: Config) -> None:

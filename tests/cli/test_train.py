@@ -92,6 +92,38 @@ def test_weights_are_trained_further_with_the_recipe_that_made_them() -> None:
         torch.testing.assert_close(further.weights[name], tensor, msg=name)
 
 
+def test_weights_are_not_validated_on_what_they_were_taught_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their scores would be those of a memory, and the best epoch one that remembers best."""
+    taught = ("--data.num_folds", "2", "--data.split_seed", "3")
+    assert answer("--config", "small.yaml", "--run.name", "first", "--train.epochs", "1", *taught) == 0
+    capsys.readouterr()
+    further = ("--init-from", "runs/first", "--config", "small.yaml", "--run.name", "further", "--train.epochs", "1")
+    assert answer(*further, "--data.num_folds", "2", "--data.split_seed", "3", "--data.fold", "1") == 2
+    num_images = SMALL["data"]["synthetic"]["num_train"]
+    assert capsys.readouterr().err == (
+        f"nuciseg: train.init_from {find_checkpoint(Path('runs/first')).resolve()}: its weights were trained on "
+        f"{num_images // 2} of the {num_images // 2} images held out here, so their scores would be no validation; "
+        "divide the images as they were then: --data.fold 0\n"
+    )
+    space = ("--search.space", '{"data.fold": {"choice": [0, 1]}}')
+    with pytest.raises(SystemExit):
+        run_verb(lambda: tune.main(["--config", "small.yaml", *taught, *space, "--train.init_from", "runs/first"]))
+    assert "divide the images as they were then: --data.fold 0\n" in capsys.readouterr().err
+    assert not Path("runs/further").exists()
+    assert answer(*further, *taught) == 0
+
+
+def test_weights_taught_with_the_test_images_are_refused_where_there_is_a_test(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pooled = ("--data.pool_test", "true")
+    assert answer("--config", "small.yaml", "--run.name", "first", "--train.epochs", "1", *pooled) == 0
+    further = ("--init-from", "runs/first", "--config", "small.yaml", "--run.name", "further", "--train.epochs", "1")
+    assert answer(*further) == 2
+    assert "trained on the test images too, so they would be no test; set data.pool_test" in capsys.readouterr().err
+    assert answer(*further, *pooled) == 0
+
+
 def test_the_decoding_is_calibrated_on_validation() -> None:
     words = ("--train.epochs", "1", "--run.name", "a", "--train.calibrate", "true", "--target.decode.min_nuclei", "2")
     assert answer("--config", "small.yaml", *words) == 0

@@ -23,6 +23,7 @@ from nuciseg.data.splits import held_out_by_stardist
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine import shipped
 from nuciseg.engine.checkpoint import Checkpoint, Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from nuciseg.engine.datasets import check_beginning
 from nuciseg.engine.evaluation import evaluate_checkpoint
 from nuciseg.engine.network import build_network, load_network
 from nuciseg.errors import CheckpointError, ConfigError, DataError, NucisegError
@@ -341,6 +342,16 @@ def test_the_separator_separates_what_its_card_says(nucleus_root: Path, tmp_path
         result = evaluate_checkpoint(SEPARATOR, data, split, tmp_path / split, device=CPU)
         assert result.scores.clusters == int(clusters)
         assert result.scores.clusters_separated >= int(separated)
+
+
+def test_the_fields_are_not_validated_on_what_they_were_taught_with(dsb2018_root: Path, tmp_path: Path) -> None:
+    """Their list of validation images does not come with them, but its rule is known: StarDist's."""
+    start = {"train.init_from": "nuciseg/fields", "data.root": str(dsb2018_root), "data.format": "labels"}
+    with pytest.raises(ConfigError, match=r"of the 89 images held out .* then: --data.validation_list validation.txt"):
+        check_beginning(Config().replaced(start))
+    ids = sorted(path.stem for path in (dsb2018_root / "train" / "images").iterdir())
+    (tmp_path / "held_out.txt").write_text("\n".join(held_out_by_stardist(ids)))
+    check_beginning(Config().replaced({**start, "data.validation_list": str(tmp_path / "held_out.txt")}))
 
 
 @pytest.mark.slow
