@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from nuciseg.metrics import Scores
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 STRIDE_PX = 32
 Say = Callable[[str], None]
+OfSplit = TypeVar("OfSplit", Look, Ceiling)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def explore(data: DataSet, config: DataConfig, say: Say = lambda what: None) -> 
     ceilings = tuple(measure_ceilings(data, chosen))
     say("scoring the trivial baselines")
     baselines = tuple(measure_baselines(data, chosen))
-    recommendation = recommend(_measured(data, looks), ceilings)
+    recommendation = recommend(_measured(data, looks), _for_training(ceilings))
     order = list(KINDS)
     return Findings(
         data=data,
@@ -285,22 +286,28 @@ def _strangeness(looks: Sequence[Look]) -> Callable[[Look], tuple[float, str]]:
     return lambda look: (float(np.abs((np.array(figures(look)) - middle) / spread).sum()), look.file)
 
 
+def _for_training(of_splits: Sequence[OfSplit]) -> list[OfSplit]:
+    """Those of the train split, or all where there is none: nothing is chosen by the test images."""
+    return [each for each in of_splits if each.split == "train"] or list(of_splits)
+
+
 def _measured(data: DataSet, looks: Sequence[Look]) -> Measured:
-    train = [look for look in looks if look.split == "train"] or list(looks)
+    train = _for_training(looks)
     return Measured(
         root=data.root,
         format_name=data.format_name,
         num_train=len(train),
-        longest_sides_px=[max(look.height, look.width) for look in looks],
+        longest_sides_px=[max(look.height, look.width) for look in train],
+        # Of all images: the network has to take those of the test, too.
         shortest_side_px=min((min(look.height, look.width) for look in looks), default=0),
-        diameters_px=[float(each) for look in looks for each in look.nuclei.diameter_px],
-        fewest_nuclei=min((len(look.nuclei) for look in looks), default=0),
+        diameters_px=[float(each) for look in train for each in look.nuclei.diameter_px],
+        fewest_nuclei=min((len(look.nuclei) for look in train), default=0),
     )
 
 
 def _padding(looks: Sequence[Look], recommendation: Recommendation | None) -> Padding | None:
     """What padding takes of the images that training lays into batches: the train split, or all there is."""
-    used = [look for look in looks if look.split == "train"] or list(looks)
+    used = _for_training(looks)
     if not used:
         return None
     defaults = DataConfig()

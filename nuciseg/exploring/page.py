@@ -266,8 +266,9 @@ def _ceiling(findings: Findings) -> list[Block]:
     return [
         Text(
             "The score of a network that makes no mistake on any pixel: the true labels are encoded as each target and "
-            "decoded again, with the default decoding. What is missing to 1 is lost by the encoding, and no network "
-            f"can win it back. {_scored(findings)} AP pooled over all nuclei; * the default width."
+            "decoded again, with the default decoding. What is missing to 1 is lost on the way there and back; the "
+            "decoding that is chosen on validation after training can win back a little of it. "
+            f"{_scored(findings)} AP pooled over all nuclei; * the default width."
         ),
         Table(["target", "width, px", "split", *SCORE_COLUMNS], rows),
         Pictures([draw_ceilings(findings)]),

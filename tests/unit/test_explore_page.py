@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from nuciseg.config import DataConfig
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder, write_nucleus_folder
@@ -105,6 +106,15 @@ def test_the_numbers_are_right(fields: Findings) -> None:
     assert sum(int(size) * num for size, num in counts["clusters_by_nuclei"].items()) == len(areas)
     assert fields.padding is not None
     assert fields.padding.one_size == 0, "all are of one size"
+
+
+def test_nothing_is_recommended_by_the_test_images(tmp_path: Path) -> None:
+    write_labels_folder(DRAWING, tmp_path / "data", 128, 160)
+    before = explored(tmp_path / "data").recommendation
+    for path in (tmp_path / "data" / "test").rglob("*.tif"):  # nuclei of a third of the size
+        tifffile.imwrite(path, np.ascontiguousarray(tifffile.imread(path)[::3, ::3]))
+    assert before is not None
+    assert explored(tmp_path / "data").recommendation == before
 
 
 def test_padding_of_clusters(clusters: Findings) -> None:
