@@ -3,8 +3,9 @@
 With at least three seeds an arm, A is better than B only if A's worst seed separates more clusters than B's best. If
 three seeds of A and three of B do not differ, the six come in one of 20 equally likely arrangements, one of which has
 all of A's before B's (the exact test of Wilcoxon 1945 at its smallest p-value). With fewer seeds only a difference
-beyond two standard errors of a share, sqrt(p (1 - p) / N) for N clusters, is called one. In a cross-validation A is
-better than B only if it separates more in every fold: of five folds that happens by chance once in 32 times.
+beyond two of its standard errors, sqrt(2 p (1 - p) / N) for shares of N clusters, is called one. In a cross-validation
+A is better than B only if it separates more in every one of at least five folds: of five that happens by chance once in
+32 times. Arms are compared two by two, so among several equal ones it is likelier that some two come out apart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nuciseg.reporting.study_arms import Arm, arms_of
 from nuciseg.reporting.study_records import StudyRecord
 
 MIN_SEEDS = 3
+MIN_FOLDS = 5
 NUM_STANDARD_ERRORS = 2.0
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -57,10 +59,10 @@ def is_better(a: Arm, b: Arm) -> bool:
 
 
 def chance_clusters(a: Arm, b: Arm) -> float:
-    """Two standard errors of the share that `a` and `b` separate on average, in clusters."""
+    """Two standard errors of the difference between two arms that separate what these do on average, in clusters."""
     num_clusters = a.figures[0].clusters
     share = (a.mean_share + b.mean_share) / 2
-    return NUM_STANDARD_ERRORS * math.sqrt(num_clusters * share * (1 - share))
+    return NUM_STANDARD_ERRORS * math.sqrt(2 * num_clusters * share * (1 - share))
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ def _by_folds(arms: Sequence[Arm], num_folds: int) -> Conclusion:
     leader, *rest = sorted(whole, key=lambda arm: (-total(arm)[0], -arm.mean_ap50_pooled))
     parts = [f"{leader.name} separates {said_total(leader)}, each held out once"]
     parts += [f"{arm.name} {said_total(arm)}, {_fold_by_fold(leader, arm)}" for arm in rest]
-    beaten = tuple(arm.name for arm in rest if _wins(leader, arm)[0] == num_folds)
+    beaten = tuple(arm.name for arm in rest if _wins(leader, arm)[0] == num_folds >= MIN_FOLDS)
     return Conclusion("; ".join([*parts, *partial]), beaten)
 
 
@@ -177,7 +179,8 @@ def _fold_by_fold(leader: Arm, arm: Arm) -> str:
     more, level, fewer = _wins(leader, arm)
     folds = _number(more + level + fewer)
     if not level and not fewer:
-        return f"fewer in each of {folds} folds"
+        few = "" if more >= MIN_FOLDS else f", which are too few to call it worse: {_number(MIN_FOLDS)} would do"
+        return f"fewer in each of {folds} folds{few}"
     return f"fewer in {more} of {folds} folds, as many in {level} and more in {fewer}, so not called worse"
 
 
