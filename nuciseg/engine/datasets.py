@@ -116,7 +116,7 @@ def check_beginning(config: Config) -> None:
     then = start.config.data.model_copy(
         update={key: getattr(config.data, key) for key in ("root", "format", "synthetic", "cache_dir")}
     )
-    split = _divided_as(start.split_hash, _read(then, "train")[1], then)
+    split = _divided_as(start.split_hash, then)
     if split is None:
         return
     taught = f"train.init_from {config.train.init_from}: its weights were trained on"
@@ -135,16 +135,18 @@ def check_beginning(config: Config) -> None:
         )
 
 
-def _divided_as(split_hash: str, records: Sequence[Record], then: DataConfig) -> Split | None:
-    """The division of `records` that has this hash, where `then` or StarDist's rule gives it."""
+def _divided_as(split_hash: str, config: DataConfig) -> Split | None:
+    """The division of the images of `config` that has this hash, where its settings or StarDist's rule give it."""
     with contextlib.suppress(ConfigError, DataError):  # the list is gone, or these are others
-        split = divide(records, then)
-        if split.hash == split_hash:
-            return split
-    ids = {record.id for record in records}
-    held_out = set(held_out_by_stardist(sorted(ids)))
-    split = Split((), (), tuple(ids - held_out), tuple(held_out), then.split_seed)
-    return split if split.hash == split_hash else None
+        records = _read(config, "train")[1]
+        ids = {record.id for record in records}
+        held_out = set(held_out_by_stardist(sorted(ids)))
+        by_rule = Split((), (), tuple(ids - held_out), tuple(held_out), config.split_seed)
+        if by_rule.hash == split_hash:
+            return by_rule
+        split = divide(records, config)
+        return split if split.hash == split_hash else None
+    return None
 
 
 def check_augmentation(config: Config) -> None:

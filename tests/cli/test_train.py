@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from small_runs import (
 from nuciseg import train, tune
 from nuciseg.cli import run_verb
 from nuciseg.config import load_config, merged
+from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.inference import score_samples
 from nuciseg.engine.network import load_network
@@ -122,6 +124,10 @@ def test_weights_taught_with_the_test_images_are_refused_where_there_is_a_test(
     assert answer(*further) == 2
     assert "trained on the test images too, so they would be no test; set data.pool_test" in capsys.readouterr().err
     assert answer(*further, *pooled) == 0
+    write_nucleus_folder(SyntheticConfig(num_train=6, num_test=1, mean_diameter_px=20.0), Path("crops"))
+    shutil.rmtree("crops/test")
+    of_others = ("--data.root", "crops", "--data.format", "nucleus", "--run.name", "of_others")
+    assert answer(*further, *of_others) == 0, "there are no test images that could have been among them"
 
 
 def test_the_decoding_is_calibrated_on_validation() -> None:
