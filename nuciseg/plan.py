@@ -120,7 +120,8 @@ def _measured(models: Sequence[Config], data: TrainingSet, device: torch.device)
 
 def _print_work(config: Config, works: Sequence[Work], data: TrainingSet) -> None:
     from nuciseg.distributed.runs import disk_need
-    from nuciseg.distributed.space import num_trials, variants
+    from nuciseg.distributed.space import variants
+    from nuciseg.distributed.trials import num_trials
 
     work = works[0]
     print(
@@ -158,7 +159,7 @@ def _trial_epochs(config: Config) -> int:
 
 
 def _expected(config: Config) -> float:
-    from nuciseg.distributed.space import num_trials
+    from nuciseg.distributed.trials import num_trials
     from nuciseg.engine.planning import expected_epochs
 
     if not config.search.space:
@@ -286,7 +287,7 @@ def _paces_on(
 
 def _times(config: Config, works: Sequence[Work], paces: Sequence[Pace], on: Machine, at_once: int) -> SearchTime:
     """Of the whole search, every one of its networks drawn as often."""
-    from nuciseg.distributed.space import num_trials
+    from nuciseg.distributed.trials import num_trials
     from nuciseg.engine.planning import epoch_s, link_gbps, search_time, step_of
 
     workers = config.scale.max_workers

@@ -69,8 +69,12 @@ def write_question(folder: Path, name: str, header: str = HEADER) -> Path:
 def write_grid(
     folder: Path, trials: Sequence[tuple[Mapping[str, Any], Sequence[int]]], *, ranked: bool = True, **settings: Any
 ) -> Path:
-    """A search as `tune` leaves it: samples of `optim.kind` and `seed`, and what each epoch separated, of ten."""
-    space = {"optim.kind": {"choice": ["adam", "sgd"]}, "seed": {"choice": [0, 1, 2]}}
+    """A search as `tune` leaves it: samples, by default of every point of the grid, and what each epoch separated."""
+    keys = dict.fromkeys(key for sample, _ in trials for key in sample)
+    space = {}
+    for key in keys:
+        values = [sample[key] for sample, _ in trials]
+        space[key] = {"choice": [value for at, value in enumerate(values) if value not in values[:at]]}
     config = search_config(space, epochs=2).replaced(
         {"search.sampler": "grid", "search.scheduler": "none", "search.final": False, **settings}
     )

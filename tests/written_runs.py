@@ -87,7 +87,12 @@ def search_config(space: Mapping[str, Any], epochs: int = 4) -> Config:
 def write_search(
     folder: Path, config: Config, trials: Sequence[tuple[Mapping[str, Any], Sequence[int]]], *, ranked: bool = True
 ) -> Path:
-    """A search whose trials drew these settings and separated so many images; `ranked` False: it still goes on."""
+    """A search whose trials drew these settings and separated so many images.
+
+    `ranked`: these are all its trials, but for a grid that has more; False: it still goes on.
+    """
+    if ranked:
+        config = config.replaced({"search.num_trials": max(len(trials), 1)})
     folder.mkdir(parents=True)
     write_config(config, folder / CONFIG_FILE)
     results = []

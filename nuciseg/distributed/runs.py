@@ -15,8 +15,9 @@ from nuciseg.config import Config, known_keys, load_config
 from nuciseg.distributed.cluster import has_gpu
 from nuciseg.distributed.failures import forget_failure
 from nuciseg.distributed.mirror import Mirror, working_copy
-from nuciseg.distributed.space import num_trials, variants
+from nuciseg.distributed.space import variants
 from nuciseg.distributed.storage import require_everywhere, require_shared
+from nuciseg.distributed.trials import num_trials
 from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.checkpoint import MAX_FOLDERS, disk_need_bytes
 from nuciseg.engine.network import begun_network, count_parameters

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,17 +105,6 @@ def variants(config: Config, section: str) -> list[Config]:
     if not found:
         raise ConfigError(f"search.space: its lines for {section} do not fit each other: {fault}")
     return list(found.values())
-
-
-def num_trials(config: Config) -> int:
-    """How many trials the search has, unless `search.max_hours` ends it before."""
-    gridded = [
-        len(arguments)
-        for line in config.search.space.values()
-        for name, arguments in line.items()
-        if name == "grid_search" or config.search.sampler == "grid"
-    ]
-    return math.prod(gridded) * (1 if config.search.sampler == "grid" else config.search.num_trials)
 
 
 def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nuciseg.config import Config
 from nuciseg.distributed.worker import CONFIG_FILE
 
 RESULTS_FILE = "results.json"
@@ -37,6 +38,17 @@ class Trial:
             lowest if self.score is None else self.score,
             lowest if self.tie_break is None else self.tie_break,
         )
+
+
+def num_trials(config: Config) -> int:
+    """How many trials the search has, unless `search.max_hours` ends it before."""
+    gridded = [
+        len(arguments)
+        for line in config.search.space.values()
+        for name, arguments in line.items()
+        if name == "grid_search" or config.search.sampler == "grid"
+    ]
+    return math.prod(gridded) * (1 if config.search.sampler == "grid" else config.search.num_trials)
 
 
 def best_first(trials: Iterable[Trial]) -> list[Trial]:

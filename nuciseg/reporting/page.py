@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nuciseg.distributed.trials import num_trials
 from nuciseg.pages import Block, Chapter, Note, Pictures, Table, Text, drawing, write_page
 from nuciseg.reporting.comparison import comparison_chapters
 from nuciseg.reporting.evaluations import evaluation_blocks, hard_images
@@ -83,10 +84,12 @@ def _search_summary(search: SearchRecord) -> list[Block]:
     blocks: list[Block] = []
     if not search.is_finished:
         open_trials = sum(each.state == "unfinished" for each in search.trials)
+        not_begun = max(num_trials(search.config) - len(search.trials), 0)
         blocks.append(
             Note(
-                f"This search is not finished: {open_trials} of {len(search.trials)} trials begun have not ended. "
-                f"If it is not running, go on with: python -m nuciseg.tune --resume {search.folder}",
+                f"This search is not finished: {open_trials} of {len(search.trials)} trials begun have not ended, "
+                f"{not_begun} were not begun. If it is not running, go on with: "
+                f"python -m nuciseg.tune --resume {search.folder}",
                 "warning",
             )
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from nuciseg.config import Config, load_config
 from nuciseg.distributed.failures import noted_failure
-from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, plain_values
+from nuciseg.distributed.trials import RESULTS_FILE, SAMPLE_FILE, Trial, num_trials, plain_values
 from nuciseg.distributed.worker import CONFIG_FILE, FINISHED_FILE, SPLIT_FILE
 from nuciseg.distributed.worker import IMAGES_FILE as VALIDATION_FILE
 from nuciseg.engine.evaluation import IMAGES_FILE, SCORES_FILE
@@ -92,7 +92,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """One search, its trials best first. `is_finished` where every trial has ended and they were ranked."""
+    """One search, its trials best first. `is_finished` where all of them were begun, have ended and were ranked."""
 
     name: str
     folder: Path
@@ -180,7 +180,8 @@ def _read_search(folder: Path) -> SearchRecord:
         config=config,
         trials=tuple(trials),
         final=_read_run(final, f"{name}/{FINAL_FOLDER}") if has_final else None,
-        is_finished=bool(results) and all(each.state != "unfinished" for each in trials),
+        # At a bound of hours or disk those that began are ranked, too.
+        is_finished=len(results) >= num_trials(config) and all(each.state != "unfinished" for each in trials),
     )
 
 

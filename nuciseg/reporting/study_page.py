@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -96,13 +97,17 @@ def _columns(record: StudyRecord, arms: Sequence[Arm]) -> tuple[str, ...]:
         counted = (f"separated in folds 0 to {record.num_folds - 1}", "separated, all folds")
     else:
         of = f", of {sizes[0]}" if len(sizes) == 1 else ""
-        seeds = sorted({trial.seed for trial in record.trials})
-        counted = (f"separated with seed {', '.join(map(str, seeds))}{of}", f"separated{of}: mean (lowest to highest)")
+        seeds = ", ".join(map(str, _seeds_of(record)))
+        counted = (f"separated with seed {seeds}{of}", f"separated{of}: mean (lowest to highest)")
     return (*counted, "%", "border Dice", "AP at .5", "parameters", "time")
 
 
 def _row(record: StudyRecord, arm: Arm, first: Arm) -> tuple[str, ...]:
-    each = ", ".join("failed" if trial.figures is None else _count_of(record, trial) for trial in arm.trials)
+    folds = {trial.fold for trial in record.trials} if record.num_folds is None else range(record.num_folds)
+    each = ", ".join(
+        " and ".join(_count_of(record, trial) for trial in arm.trials if (trial.fold, trial.seed) == place) or "-"
+        for place in itertools.product(folds, _seeds_of(record))
+    )
     parameters = "-" if arm.num_parameters is None else f"{arm.num_parameters / 1e6:.2f} M"
     if not arm.finished:
         return (each, "-", "-", "-", "-", parameters, "-")
@@ -129,9 +134,14 @@ def _row(record: StudyRecord, arm: Arm, first: Arm) -> tuple[str, ...]:
 
 def _count_of(record: StudyRecord, trial: StudyTrial) -> str:
     """Of a seed its clusters separated, all being of the same images; of a fold with how many it has."""
-    assert trial.figures is not None
+    if trial.figures is None:
+        return "failed"
     of = f" of {trial.figures.clusters}" if record.num_folds is not None else ""
     return f"{trial.figures.clusters_separated}{of}"
+
+
+def _seeds_of(record: StudyRecord) -> list[int]:
+    return sorted({trial.seed for trial in record.trials})
 
 
 def _which(trial: StudyTrial) -> str:
@@ -151,7 +161,7 @@ def _budget(record: StudyRecord, question: Question) -> str:
         [split.num_train_images for split in record.splits], [split.num_held_out_images for split in record.splits]
     ))  # fmt: skip
     hashes = ", ".join(f"`{hash}`" for hash in dict.fromkeys(trial.split for trial in record.trials) if hash)
-    seeds = sorted({trial.seed for trial in record.trials})
+    seeds = _seeds_of(record)
     parts.append(f"trained on {trained} images, {held_out} held out (split {hashes or '-'})")
     parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     if record.num_folds is not None:

@@ -11,7 +11,7 @@ from ray.tune.search.sample import Domain
 
 from nuciseg.config import Config
 from nuciseg.distributed.search import _search_space, _within_bounds, check_search
-from nuciseg.distributed.space import build_space, configure, num_trials, variants
+from nuciseg.distributed.space import build_space, configure, variants
 from nuciseg.distributed.trials import describe, plain_values
 from nuciseg.errors import ConfigError
 
@@ -184,18 +184,6 @@ def test_lines_that_never_fit_each_other_have_no_variant() -> None:
     space = {"loss.weights.bce": {"choice": [0]}, "loss.weights.dice": {"choice": [0]}}
     with pytest.raises(ConfigError, match=r"its lines for loss do not fit each other: .* all 0"):
         variants(with_space(space), "loss")
-
-
-@pytest.mark.parametrize(
-    ("sampler", "space", "number"),
-    [
-        ("optuna", LR, 5),
-        ("random", {**LR, "data.batch_size": {"grid_search": [4, 8]}}, 10),
-        ("grid", {"optim.lr": {"choice": [0.1, 0.2, 0.3]}, "data.batch_size": {"grid_search": [4, 8]}}, 6),
-    ],
-)
-def test_the_number_of_trials(sampler: str, space: dict[str, Any], number: int) -> None:
-    assert num_trials(with_space(space, sampler=sampler, num_trials=5)) == number
 
 
 def test_the_upper_bound_of_steps_is_checked_where_it_is_one() -> None:

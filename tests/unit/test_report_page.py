@@ -88,7 +88,7 @@ def test_a_search_that_goes_on_says_so_and_how_to_resume_it(tmp_path: Path) -> N
     folder = write_search(tmp_path / "search", search_config(SPACE), [(SAMPLES[0], [3])], ranked=False)
     write_json(SAMPLES[1], folder / "trial01" / SAMPLE_FILE)
     text = page(folder)
-    assert "This search is not finished: 1 of 2 trials begun have not ended." in text
+    assert "This search is not finished: 1 of 2 trials begun have not ended, 6 were not begun." in text
     assert f"python -m nuciseg.tune --resume {folder}" in text
     assert "Importance takes 10 trials that ended in order; there are 1." in text
 

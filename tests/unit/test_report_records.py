@@ -89,6 +89,15 @@ def test_a_search_that_goes_on_is_read_from_its_trials_folders(tmp_path: Path) -
     assert search.trials[-1].trial.failure == "out of memory"
 
 
+def test_a_search_that_began_only_some_of_its_trials_is_not_finished(tmp_path: Path) -> None:
+    """As one that came to its bound of disk space while no trial was in the middle of an epoch."""
+    grid = {"search.sampler": "grid", "search.space": {"optim.lr": {"choice": [1e-3, 1e-2, 1e-1]}}}
+    trials = [({"optim.lr": lr}, [2, 3]) for lr in (1e-3, 1e-2, 1e-1)]
+    config = search_config(SPACE, epochs=2).replaced(grid)
+    assert not search_in(write_search(tmp_path / "some", config, trials[:2])).is_finished
+    assert search_in(write_search(tmp_path / "all", config, trials)).is_finished
+
+
 def test_a_trial_resumed_after_the_ranking_is_read_anew(tmp_path: Path) -> None:
     folder = write_search(tmp_path / "search", search_config(SPACE), [({"optim.lr": 1e-3}, [2, 3])])
     write_run(folder / "trial00", [2, 3, 8], config=search_config({}))

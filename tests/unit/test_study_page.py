@@ -85,6 +85,14 @@ def test_a_failed_trial_stands_in_the_table_with_its_reason_below() -> None:
     assert text.count(", failed: ") == 4
 
 
+def test_a_count_stands_in_the_place_of_its_seed() -> None:
+    found = record([trial({"optim.kind": kind}, seed, 90 + seed)
+                    for kind, seed in (("adam", 0), ("adam", 1), ("adam", 1), ("sgd", 1), ("sgd", 2))])  # fmt: skip
+    _, (columns, adam, sgd) = tables(page(found))
+    assert columns[1] == "separated with seed 0, 1, 2, of 100"
+    assert (adam[1], sgd[1]) == ("90, 91 and 91, -", "-, 91, 92")
+
+
 def test_border_dice_stands_only_where_the_borders_are_the_same() -> None:
     found = seeds(adam=[90], sgd=[80]).model_copy(update={"same_border": False, "epochs": None})
     text = page(found)
@@ -102,6 +110,9 @@ def test_folds_are_shown_one_by_one_and_summed() -> None:
     ]  # fmt: skip
     assert sgd[1].endswith("failed")
     assert "5 folds, not every arm on each" in text
+    lacking = [trial({"optim.kind": "adam"}, 0, 19, clusters=20, fold=fold) for fold in (0, 2)]
+    _, (_, adam) = tables(page(record(lacking, "crossvalidation", 3)))
+    assert adam[1] == "19 of 20, -, 19 of 20"
     assert "5 folds, every arm on each" in page(folds(adam=[19, 18, 17, 20, 20]))
 
 

@@ -26,6 +26,8 @@ from nuciseg.reporting.study_records import (
     write_record,
 )
 
+GRID = {"optim.kind": {"choice": ["adam", "sgd"]}, "seed": {"choice": [0, 1, 2]}}
+
 
 def collected(folder: Path) -> StudyRecord:
     found = collect(folder)
@@ -113,6 +115,7 @@ def test_settings_that_only_another_arm_names_are_kept_beside_it(tmp_path: Path)
 
 def test_a_search_that_goes_on_has_no_record_yet(tmp_path: Path, grid: Path) -> None:
     assert collect(write_grid(tmp_path / "going", SIX_TRIALS[:2], ranked=False)) is None
+    assert collect(write_grid(tmp_path / "bounded", SIX_TRIALS[:3], **{"search.space": GRID})) is None
     write_json({"optim.kind": "adam", "seed": 3}, grid / "trial99" / SAMPLE_FILE)
     assert collect(grid) is None
 
