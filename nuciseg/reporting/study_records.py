@@ -127,6 +127,14 @@ def collect(folder: Path) -> StudyRecord | None:
             f"{folder}: its scheduler {search.config.search.scheduler} stops trials early, so their last epochs cannot "
             "be compared; search with search.scheduler: none"
         )
+    early = [run for run in (each.run for each in search.trials) if run is not None and run.state == "stopped"]
+    if early:
+        length = f"{len(early[0].history)} of {early[0].config.train.epochs}"
+        raise DataError(
+            f"{folder}: train.patience ended {len(early)} of {len(search.trials)} trials early "
+            f"({early[0].folder.name} after {length} epochs), so their last epochs cannot be compared; "
+            "search without it"
+        )
     if search.name == FINAL_NAME:
         raise DataError(f"{folder}: the name {FINAL_NAME} is kept for the recommended model; rename the folder")
     return _record_of(search)

@@ -26,6 +26,7 @@ from nuciseg.reporting.study_records import (
     write_record,
 )
 
+EARLY = [({"optim.kind": "adam"}, [7, 8, 9]), ({"optim.kind": "sgd"}, [7, 7])]
 GRID = {"optim.kind": {"choice": ["adam", "sgd"]}, "seed": {"choice": [0, 1, 2]}}
 
 
@@ -138,11 +139,21 @@ def test_one_of_several_searches_that_has_not_begun_has_none_either(tmp_path: Pa
             lambda folder: write_grid(folder / "asha", SIX_TRIALS[:1], **{"search.scheduler": "asha"}),
             "its scheduler asha stops trials early",
         ),
+        (
+            lambda folder: write_grid(folder / "patient", EARLY, **{"train.epochs": 3, "train.patience": 1}),
+            r"patient: train.patience ended 1 of 2 trials early \(trial01 after 2 of 3 epochs\), .*; search without it",
+        ),
     ],
 )
 def test_what_is_no_search_of_a_study_is_refused(tmp_path: Path, make: Callable[[Path], Path], said: str) -> None:
     with pytest.raises(DataError, match=said):
         collect(make(tmp_path))
+
+
+def test_patience_that_ended_no_trial_is_no_fault(tmp_path: Path) -> None:
+    whole = [(sample, [7, 8, 9]) for sample, _ in EARLY]
+    found = collected(write_grid(tmp_path / "patient", whole, **{"train.epochs": 3, "train.patience": 1}))
+    assert found.epochs == 3
 
 
 def test_searches_are_named_once(tmp_path: Path, grid: Path) -> None:
