@@ -55,7 +55,7 @@ def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
     for run in runs:
         for row in run.images:
             seen.setdefault(str(row["id"]), []).append(row)
-    num_wrong = {id: sum(not row["separated"] for row in rows) for id, rows in seen.items()}
+    num_wrong = {id: sum(map(_is_wrong, rows)) for id, rows in seen.items()}
     mean_ap = {id: sum(float(row["ap50"]) for row in rows) / len(rows) for id, rows in seen.items()}
     hard = sorted(
         (id for id in seen if num_wrong[id]), key=lambda id: (-num_wrong[id] / len(seen[id]), mean_ap[id], id)
@@ -74,7 +74,7 @@ def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
         )
         for id in hard[:NUM_HARD]
     ]
-    shown = f"the hardest {NUM_HARD} of {len(hard)} clusters" if len(hard) > NUM_HARD else f"{len(hard)} clusters"
+    shown = f"the hardest {NUM_HARD} of {len(hard)} images" if len(hard) > NUM_HARD else f"{len(hard)} images"
     caption = f"{shown} that were not separated, of {len(seen)}, at the best epoch"
     columns = ("validation image", "nuclei", "found", "AP .5", "not separated by")
     if max(map(len, seen.values())) == 1:  # of one run there is nothing to count
@@ -92,13 +92,15 @@ def _picture_blocks(evaluation: EvaluationRecord) -> list[Block]:
     there = [row for row in evaluation.rows if (evaluation.folder / str(row["overlay"])).is_file()]
     if not there:
         return [Note(f"The pictures of {evaluation.folder} are not there any more; evaluate again to have them.")]
-    wrong = [row for row in there if row["separated"] != "True"]
+    num_wrong = sum(map(_is_wrong, evaluation.rows))
+    num_empty = sum(map(_is_rightly_empty, evaluation.rows))
+    empty = f"; {num_empty} without a nucleus, in which none was found, counted as right" if num_empty else ""
     worst = there[:NUM_PICTURES]
     best = list(reversed(there[len(worst) :]))[:NUM_PICTURES]
     blocks: list[Block] = [
         Text(
-            f"{len(wrong)} of {len(evaluation.rows)} {evaluation.split} images are not separated. The worst first; "
-            "each picture is input, truth, prediction; red marks a nucleus without partner of IoU >= 0.5."
+            f"{num_wrong} of {len(evaluation.rows)} {evaluation.split} images are not separated{empty}. The worst "
+            "first; each picture is input, truth, prediction; red marks a nucleus without partner of IoU >= 0.5."
         ),
         Pictures(_pictures(evaluation.folder, worst)),
     ]
@@ -111,8 +113,20 @@ def _pictures(folder: Path, rows: Sequence[Row]) -> list[Picture]:
     return [picture_file(folder / row["overlay"], _caption(row), PICTURE_SCALE) for row in rows]
 
 
+def _is_wrong(row: Row) -> bool:
+    """`row` comes from JSON or, as text, from a CSV file."""
+    return str(row["separated"]) != "True" and not _is_rightly_empty(row)
+
+
+def _is_rightly_empty(row: Row) -> bool:
+    """Without a nucleus there is nothing to separate, but it is right to find none."""
+    return int(row["nuclei_true"]) == int(row["nuclei_found"]) == 0
+
+
 def _caption(row: Row) -> str:
-    said = "separated" if row["separated"] == "True" else "not separated"
+    if _is_rightly_empty(row):
+        return f"{row['id']}: no nucleus, none found"
+    said = "not separated" if _is_wrong(row) else "separated"
     nuclei = f"{row['nuclei_found']} nuclei found, {row['nuclei_true']} true"
     return f"{row['id']}: {said}, {nuclei}, mean AP {float(row['ap_mean']):.3f}"
 
