@@ -205,9 +205,7 @@ def score_image(
     if len(shapes) != 1 or (valid_HW is not None and valid_HW.shape not in shapes):
         raise ValueError(f"The labels and borders of image {id!r} must have one shape, not {sorted(shapes)}.")
     valid_HW = true_labels_HW >= 0 if valid_HW is None else valid_HW & (true_labels_HW >= 0)
-    predicted_N, true_N = predicted_labels_HW[valid_HW], true_labels_HW[valid_HW]
-    if predicted_N.size < predicted_labels_HW.size:
-        predicted_N = _drop_mostly_ignored(predicted_labels_HW, predicted_N)
+    predicted_N, true_N = without_ignored(predicted_labels_HW, valid_HW)[valid_HW], true_labels_HW[valid_HW]
     iou_TP, at_least_TP = _ious(true_N, predicted_N)
     num_true, num_predicted = iou_TP.shape
     true_positives, iou_sum = _match(iou_TP, at_least_TP)
@@ -225,13 +223,15 @@ def score_image(
     )
 
 
-def _drop_mostly_ignored(
-    predicted_labels_HW: NDArray[np.int32], predicted_valid_N: NDArray[np.int32]
-) -> NDArray[np.int32]:
+def without_ignored(predicted_labels_HW: NDArray[np.int32], valid_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """The predicted labels that count: none outside `valid_HW`, nor of a nucleus that lies there by more than half."""
+    if valid_HW.all():
+        return predicted_labels_HW
+    inside_HW = np.where(valid_HW, predicted_labels_HW, 0)
     whole_ids, whole_px = np.unique(predicted_labels_HW[predicted_labels_HW > 0], return_counts=True)
-    valid_ids, valid_px = np.unique(predicted_valid_N[predicted_valid_N > 0], return_counts=True)
-    mostly_ignored = 2 * valid_px < whole_px[np.searchsorted(whole_ids, valid_ids)]
-    return np.where(np.isin(predicted_valid_N, valid_ids[mostly_ignored]), 0, predicted_valid_N).astype(np.int32)
+    inside_ids, inside_px = np.unique(inside_HW[inside_HW > 0], return_counts=True)
+    mostly_ignored = 2 * inside_px < whole_px[np.searchsorted(whole_ids, inside_ids)]
+    return np.where(np.isin(inside_HW, inside_ids[mostly_ignored]), 0, inside_HW).astype(np.int32)
 
 
 def _ious(

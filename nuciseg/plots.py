@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from nuciseg.metrics import without_ignored
+
 RGB = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 
@@ -103,6 +105,7 @@ def cycle_colors(num_labels: int) -> RGB:
 def matched_colors(truth_HW: Labels, prediction_HW: Labels) -> tuple[RGB, RGB]:
     """Colours of the true and of the predicted labels: the same for a pair with IoU >= 0.5, WRONG without partner.
 
+    Labels that are not positive are background, so what the scores ignore has to be taken out of the prediction before.
     At IoU above one half a nucleus has one partner at most; a tie at exactly one half goes to the pair met first.
     """
     truth_HW, prediction_HW = np.maximum(truth_HW, 0), np.maximum(prediction_HW, 0)
@@ -134,8 +137,10 @@ def triptych(
     """Input, truth and prediction side by side, each fitted into a square of `cell_px`, under a line of text.
 
     The line gives `caption` and how many nuclei were found. `failed` turns frame and line red; None decides by the
-    colours: failed where any nucleus has no partner.
+    colours: failed where any nucleus has no partner. Where the truth is negative, and so ignored by the scores, nothing
+    is drawn.
     """
+    prediction_HW = without_ignored(prediction_HW.astype(np.int32), truth_HW >= 0)
     true_colors, predicted_colors = matched_colors(truth_HW, prediction_HW)
     present_true, present_predicted = _present(truth_HW), _present(prediction_HW)
     num_missed = int((true_colors[present_true] == WRONG).all(axis=1).sum())

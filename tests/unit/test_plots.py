@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nuciseg.metrics import score_image
 from nuciseg.plots import (
     COLORS,
     FAILED,
@@ -106,6 +107,24 @@ def test_only_a_failed_panel_is_framed_in_red(cluster: tuple[np.ndarray, np.ndar
     assert (triptych(image_HW, truth_HW, truth_HW, failed=True)[0] == FAILED).all()
     gap_HW = truth_HW * 4  # ids 4 and 8: the ids between them are not missing nuclei
     assert not _has(triptych(image_HW, gap_HW, gap_HW), FAILED)
+
+
+def test_what_the_scores_ignore_is_not_drawn_as_wrong(cluster: tuple[np.ndarray, np.ndarray]) -> None:
+    image_HW, nuclei_HW = cluster
+    truth_HW = np.where(nuclei_HW == 2, -1, nuclei_HW)
+    truth_HW[5:35, 20:30] = -2  # a third of the nucleus that counts
+    within_HW = nuclei_HW.copy()
+    within_HW[5:35, 26:30] = 2  # mostly in what is ignored
+    nothing_HW = within_HW > 9
+    for prediction_HW in (nuclei_HW, within_HW):
+        assert score_image("a", prediction_HW, truth_HW, nothing_HW, nothing_HW).average_precision(95) == 1
+        picture = triptych(image_HW, truth_HW, prediction_HW, cell_px=90)
+        assert not _has(picture, WRONG)
+        assert (picture == triptych(image_HW, truth_HW, np.maximum(truth_HW, 0), cell_px=90)).all()
+    extra_HW = nuclei_HW.copy()
+    extra_HW[:5, 28:60] = extra_HW[5:7, 30:60] = 3  # it touches what is ignored, but lies outside by more than half
+    assert score_image("a", extra_HW, truth_HW, nothing_HW, nothing_HW).average_precision(50) == 0.5
+    assert _has(triptych(image_HW, truth_HW, extra_HW, cell_px=90), WRONG)
 
 
 def test_a_long_caption_leaves_the_note_readable(cluster: tuple[np.ndarray, np.ndarray]) -> None:
