@@ -37,6 +37,15 @@ class Curve:
     layer: int = 1
 
 
+def literal(name: str) -> str:
+    """`name` for Matplotlib to draw as it is given.
+
+    It would read what stands between two `$` as mathematics, and leave out of the legend what begins with `_`.
+    """
+    escaped = name.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
 def learning_curves(curves: Sequence[Curve], key: str, title: str) -> Figure:
     """The figure `key` of every epoch, a dot where a line ends. Epochs without the figure leave a gap."""
     figure, axes = _figure(2.9)
@@ -46,9 +55,8 @@ def learning_curves(curves: Sequence[Curve], key: str, title: str) -> Figure:
         if not any(map(math.isfinite, values)):
             continue
         color, layer = curve.color, 2 + curve.layer
-        axes.plot(
-            epochs, values, label=curve.label, color=color, linewidth=curve.width, linestyle=curve.style, zorder=layer
-        )
+        label = None if curve.label is None else literal(curve.label)
+        axes.plot(epochs, values, label=label, color=color, linewidth=curve.width, linestyle=curve.style, zorder=layer)
         axes.plot(epochs[-1:], values[-1:], "o", markersize=2 + 1.5 * curve.width, color=color, zorder=layer)
     axes.set_title(title, loc="left", fontsize=FONT_PT + 1)
     axes.set_xlabel("epoch", fontsize=FONT_PT)
@@ -157,7 +165,8 @@ def _draw_axis(axes: Axes, row: int, parameter: Parameter, name: str) -> None:
         axes.plot([place], [row], "|", color=SOFT, markersize=6, zorder=2)
         align = "left" if place < 0.1 else "right" if place > 0.9 else "center"
         anchor = place - 0.03 if align == "left" else place + 0.03 if align == "right" else place
-        axes.text(anchor, row + 0.1, label, fontsize=FONT_PT - 1, va="top", ha=align, color=SOFT, zorder=5, bbox=_PAPER)
+        axes.text(anchor, row + 0.1, literal(label), fontsize=FONT_PT - 1, va="top", ha=align, color=SOFT, zorder=5,
+                  bbox=_PAPER)  # fmt: skip
 
 
 _PAPER = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.5}

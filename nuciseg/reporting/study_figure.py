@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nuciseg.reporting.figures import FONT_PT, FULL, SOFT, STOPPED
+from nuciseg.reporting.figures import FONT_PT, FULL, SOFT, STOPPED, literal
 from nuciseg.reporting.study_arms import Arm, arms_of
 from nuciseg.reporting.study_conclusions import conclude
 from nuciseg.reporting.study_records import StudyRecord
@@ -31,8 +31,8 @@ def study_figure(records: Sequence[StudyRecord]) -> bytes:
     row = 0
     for record, arms in shown:
         beaten = conclude(record).beaten
-        axes.text(-0.01, row, heading(record.name), transform=axes.get_yaxis_transform(), ha="right", va="center",
-                  fontsize=FONT_PT, fontweight="bold")  # fmt: skip
+        axes.text(-0.01, row, literal(heading(record.name)), transform=axes.get_yaxis_transform(), ha="right",
+                  va="center", fontsize=FONT_PT, fontweight="bold")  # fmt: skip
         for at, arm in enumerate(arms, start=row + 1):
             _draw_arm(axes, at, arm, STOPPED if arm.name in beaten else FULL, lowest)
         row += len(arms) + 1
@@ -62,7 +62,9 @@ def _draw_arm(axes: Axes, row: int, arm: Arm, color: str, lowest: float) -> None
         axes.annotate(f"{outside} %", (lowest, row), (6, 0), textcoords="offset points", va="center",
                       fontsize=FONT_PT - 1, color=SOFT)  # fmt: skip
     label = arm.name if len(arm.name) <= LABEL_LENGTH else f"{arm.name[: LABEL_LENGTH - 1]}…"
-    axes.text(-0.01, row, label, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=FONT_PT)
+    axes.text(
+        -0.01, row, literal(label), transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=FONT_PT
+    )
 
 
 def _finish(axes: Axes, num_rows: int, lowest: float) -> None:
