@@ -26,7 +26,7 @@ def comparison_chapters(subjects: Sequence[RunRecord | SearchRecord]) -> list[Ch
     for run in runs:
         by_split.setdefault(run.split_hash, []).append(run)
     blocks: list[Block] = [
-        Note(f"{subject.name} has no run with figures yet, so it is not compared.")
+        Note(f"{subject.name} has no {_lacking(subject)}, so it is not compared.")
         for subject in subjects
         if _representative(subject) is None
     ]
@@ -54,7 +54,13 @@ def _representative(subject: RunRecord | SearchRecord) -> RunRecord | None:
         return subject
     if subject.final is not None:
         return subject.final
-    return next((each.run for each in subject.trials if each.run is not None and each.state != "failed"), None)
+    return subject.best.run if subject.best is not None else None
+
+
+def _lacking(subject: RunRecord | SearchRecord) -> str:
+    if isinstance(subject, SearchRecord) and len(subject.split_hashes) > 1:
+        return "best trial, since its trials were validated on several splits"
+    return "run with figures yet"
 
 
 def _validation_blocks(split: str, runs: Sequence[RunRecord]) -> list[Block]:

@@ -50,7 +50,7 @@ def evaluation_table(evaluations: Mapping[str, EvaluationRecord]) -> Table:
 
 
 def hard_images(runs: Iterable[RunRecord]) -> list[Block]:
-    """The validation images that most of the runs did not separate. `runs` were validated on the same images."""
+    """The validation images that most of the runs did not separate, of those runs that were validated on them."""
     seen: dict[str, list[Row]] = {}
     for run in runs:
         for row in run.images:

@@ -71,8 +71,9 @@ def search_curves(search: SearchRecord) -> list[Curve]:
     """One curve a trial: the best in its own colour, those stopped early in grey, the winner's final run dashed."""
     curves = []
     named: set[str] = set()
-    for at, each in enumerate(search.trials):
-        if at == 0 and each.state != "failed":
+    best = search.best
+    for each in search.trials:
+        if each is best:
             curves.append(Curve(each.history, f"best: {each.trial.id}", BEST, 2.4, layer=3))
             continue
         words = {"done": "ran to the end", "stopped": "stopped early"}.get(each.state, each.state)

@@ -65,7 +65,7 @@ def _search_chapters(search: SearchRecord) -> list[Chapter]:
     chapters = [Chapter("At a glance", _search_summary(search))]
     if not search.trials:
         return chapters
-    chapters.append(Chapter("Trials", [_ranked_table(search)]))
+    chapters.append(Chapter("Trials", _ranked_tables(search)))
     if any(each.history for each in search.trials):
         chapters.append(Chapter("Learning curves", _search_curve_blocks(search)))
         chapters.append(Chapter("Parameters", _parameter_blocks(search)))
@@ -94,15 +94,23 @@ def _search_summary(search: SearchRecord) -> list[Block]:
             )
         )
     config = search.config
+    splits = f"split{'s' if len(search.split_hashes) > 1 else ''} {', '.join(search.split_hashes) or '-'}"
     blocks.append(
         Text(
             f"{len(search.trials)} trials: {', '.join(words)}. Drawn by {config.search.sampler}, scheduled by "
-            f"{config.search.scheduler}, ranked by validation {search.metric}, on split {search.split_hash or '-'} of "
+            f"{config.search.scheduler}, ranked by validation {search.metric}, on {splits} of "
             f"{config.data.root or 'drawn images'}; {_minutes(search)} of training in all."
         )
     )
-    best = search.trials[0] if search.trials else None
-    if best is not None and best.state != "failed" and best.trial.score is not None:
+    if len(search.split_hashes) > 1:
+        blocks.append(
+            Note(
+                f"The trials were validated on {len(search.split_hashes)} different sets of images, so they are ranked "
+                "within each, and none is called the best."
+            )
+        )
+    best = search.best
+    if best is not None and best.trial.score is not None:
         settings = ", ".join(
             f"{each.key} {each.label(best.trial.sample[each.key])}"
             for each in parameters_of(search)
@@ -122,16 +130,32 @@ def _search_summary(search: SearchRecord) -> list[Block]:
     return blocks
 
 
-def _ranked_table(search: SearchRecord) -> Table:
+def _ranked_tables(search: SearchRecord) -> list[Block]:
+    """One table or, where trials were validated on several splits, one for each."""
+    if len(search.split_hashes) < 2:
+        return [_ranked_table(search, search.trials)]
+    by_split: dict[str | None, list[TrialRecord]] = {hash: [] for hash in search.split_hashes}
+    for each in search.trials:
+        by_split.setdefault(None if each.run is None else each.run.split_hash, []).append(each)
+    early = "no split, since they did not come to their first batch"
+    return [
+        _ranked_table(search, trials, f"{early if hash is None else f'split {hash}'}: ")
+        for hash, trials in by_split.items()
+    ]
+
+
+def _ranked_table(search: SearchRecord, trials: Sequence[TrialRecord], of: str = "") -> Table:
     parameters = parameters_of(search)
     rows = []
-    for place, each in enumerate(search.trials, start=1):
+    for place, each in enumerate(trials, start=1):
         trial = each.trial
         sample = [p.label(trial.sample[p.key]) if p.key in trial.sample else "-" for p in parameters]
         rows.append((str(place), trial.id, _number(trial.score), _number(trial.tie_break), str(trial.epochs),
                      f"{trial.seconds:.0f}", each.state, *sample))  # fmt: skip
     columns = ("rank", "trial", search.metric, "mean AP", "epochs", "s", "state", *(each.key for each in parameters))
-    return Table(columns, rows, f"best first, by the best epoch's validation {search.metric}, then mean AP per image")
+    return Table(
+        columns, rows, f"{of}best first, by the best epoch's validation {search.metric}, then mean AP per image"
+    )
 
 
 def _search_curve_blocks(search: SearchRecord) -> list[Block]:
@@ -151,16 +175,23 @@ def _parameter_blocks(search: SearchRecord) -> list[Block]:
     ranking = compare_fairly(search)
     found = importances(parameters, ranking)
     pictures = []
-    if any(each.trial.score is not None for each in search.trials):
+    if search.best is not None and search.best.trial.score is not None:
         caption = "each line a trial, from its settings down to its score; the darker the better ranked"
         pictures.append(drawing(parallel_coordinates(search, parameters), caption))
     if not found:
-        return [
-            Pictures(pictures),
-            Note(f"Importance takes {MIN_TRIALS} trials that ended in order; there are {len(ranking.trials)}."),
-        ]
+        lacking = (
+            f"{MIN_TRIALS} trials that ended in order; there are {len(ranking.trials)}"
+            if len(ranking.trials) < MIN_TRIALS
+            else "a setting, other than seed and fold, that differs between trials; there is none"
+        )
+        return [Pictures(pictures), Note(f"Importance takes {lacking}.")]
     pictures.append(drawing(importance_bars(found), "importance by PED-ANOVA; grey: no more than chance gives"))
-    return [Pictures(pictures), *_importance_blocks(found, ranking.epochs, len(ranking.trials), search.metric)]
+    blocks = [Pictures(pictures), *_importance_blocks(found, ranking.epochs, len(ranking.trials), search.metric)]
+    if len(search.split_hashes) > 1:
+        blocks.append(
+            Text("Trials of different splits stand in one order here, so what splits differ by adds to chance.")
+        )
+    return blocks
 
 
 def _importance_blocks(found: Sequence[Importance], epochs: int, num_trials: int, metric: str) -> list[Block]:
@@ -188,10 +219,14 @@ def _importance_blocks(found: Sequence[Importance], epochs: int, num_trials: int
 def _winner_blocks(search: SearchRecord) -> list[Block]:
     if search.final is not None:
         return evaluation_blocks(search.final)
-    best = next((each.run for each in search.trials if each.run is not None and each.state != "failed"), None)
-    if best is None:
+    if len(search.split_hashes) > 1:
+        return [
+            Text("The winner has not been trained to the end, and of trials on several splits none is called the best.")
+        ]
+    if search.best is None or search.best.run is None:
         return [Text("No trial has a network to show.")]
-    return [Text("The winner has not been trained to the end; this is the best trial's."), *evaluation_blocks(best)]
+    said = Text("The winner has not been trained to the end; this is the best trial's.")
+    return [said, *evaluation_blocks(search.best.run)]
 
 
 def _failure_blocks(search: SearchRecord) -> list[Block]:

@@ -20,7 +20,7 @@ import optuna
 from scipy.stats import spearmanr
 
 from nuciseg.metrics import TIE_BREAK, rank
-from nuciseg.reporting.records import SearchRecord, TrialRecord, best_row
+from nuciseg.reporting.records import FOLD_KEY, SEED_KEY, SearchRecord, TrialRecord, best_row
 
 MIN_TRIALS = 10  # of which half are the best then: PED-ANOVA wants at least NUM_BEST
 NUM_BEST = 5  # optuna's own advice
@@ -113,10 +113,13 @@ def compare_fairly(search: SearchRecord) -> Ranking:
 
 
 def importances(parameters: Sequence[Parameter], ranking: Ranking) -> list[Importance]:
-    """Of each parameter that had more than one value, the most important first; none with fewer than MIN_TRIALS."""
+    """Of each parameter that had more than one value, the most important first; none with fewer than MIN_TRIALS.
+
+    Seed and fold are left out: how much they matter is chance.
+    """
     samples = [each.trial.sample for each in ranking.trials]
     everywhere = [each for each in parameters if all(each.key in sample for sample in samples)]
-    varied = [each for each in everywhere if _num_values(each, samples) > 1]
+    varied = [each for each in everywhere if each.key not in (SEED_KEY, FOLD_KEY) and _num_values(each, samples) > 1]
     if len(samples) < MIN_TRIALS or not varied:
         return []
     # The seed of the shuffles is fixed so that a page comes out the same each time.

@@ -20,6 +20,7 @@ from nuciseg.metrics import TIE_BREAK, rank
 from nuciseg.tracking import METRICS_FILE, read_metrics
 
 FINAL_FOLDER = "final"
+SEED_KEY, FOLD_KEY = "seed", "data.fold"  # what repeats a trial; all else in a sample is what a search compares
 State = Literal["done", "stopped", "unfinished", "failed"]
 Row = Mapping[str, Any]
 
@@ -106,9 +107,17 @@ class SearchRecord:
         return self.config.train.metric
 
     @property
-    def split_hash(self) -> str | None:
-        """Of the images that the trials were validated on; None before the first trial read them."""
-        return next((each.run.split_hash for each in self.trials if each.run is not None), None)
+    def split_hashes(self) -> tuple[str, ...]:
+        """Of the images that trials were validated on, in the order of the trials: several in a cross-validation."""
+        in_order = sorted(self.trials, key=lambda each: each.trial.id)
+        return tuple(dict.fromkeys(each.run.split_hash for each in in_order if each.run is not None))
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best trial; None where all failed, and where trials were validated on several splits."""
+        if len(self.split_hashes) > 1:
+            return None  # on other images the same network scores otherwise
+        return next((each for each in self.trials if each.state != "failed"), None)
 
 
 def read_folder(folder: Path) -> RunRecord | SearchRecord:

@@ -21,11 +21,10 @@ from nuciseg.distributed.worker import CONFIG_FILE, SPLIT_FILE
 from nuciseg.engine.network import count_parameters
 from nuciseg.errors import DataError
 from nuciseg.images import write_bytes
-from nuciseg.reporting.records import RunRecord, SearchRecord, TrialRecord, read_folder, read_json
+from nuciseg.reporting.records import FOLD_KEY, SEED_KEY, RunRecord, SearchRecord, TrialRecord, read_folder, read_json
 
 RECORDS_FOLDER = "study"
 FINAL_NAME = "final"  # the one file among the records that is none
-SEED_KEY, FOLD_KEY = "seed", "data.fold"  # what repeats an arm; all else in a sample makes it
 _FOLDERS = re.compile(r"(?<![\w.~])/(?:[^\s/:;,'\"()]+/)+(?=[^\s/:;,'\"()])")
 _Read = TypeVar("_Read", bound=BaseModel)
 

@@ -48,6 +48,67 @@ def search(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def crossvalidation(tmp_path: Path) -> Path:
+    """Adam and SGD, three seeds and two folds, of which the second is the easier one."""
+    samples = [{"optim.kind": kind, "seed": seed, "data.fold": fold}
+               for kind in ("adam", "sgd") for seed in (0, 1, 2) for fold in (0, 1)]  # fmt: skip
+    space = {"optim.kind": {"choice": ["adam", "sgd"]}, "seed": {"choice": [0, 1, 2]}, "data.fold": {"choice": [0, 1]}}
+    config = search_config(space, epochs=2).replaced({"search.sampler": "grid", "data.num_folds": 2})
+    trials = [(sample, [1, 3 * (sample["optim.kind"] == "adam") + 4 * sample["data.fold"] + 1]) for sample in samples]
+    folder = write_search(tmp_path / "folds", config, trials)
+    for at, (sample, separated) in enumerate(trials):
+        own = config.replaced({"search.space": {}})
+        write_run(folder / f"trial{at:02d}", separated, split_seed=sample["data.fold"], config=own)
+    return folder
+
+
+def test_trials_of_several_splits_are_ranked_within_each_and_none_is_the_best(crossvalidation: Path) -> None:
+    found = chapters(page(crossvalidation))
+    hashes = [split(fold).hash for fold in (0, 1)]
+    assert f"on splits {hashes[0]}, {hashes[1]} of drawn images" in found["At a glance"]
+    assert "The trials were validated on 2 different sets of images" in found["At a glance"]
+    assert "Best trial" not in found["At a glance"]
+    assert [f"split {hash}: best first" in found["Trials"] for hash in hashes] == [True, True]
+    rows = [row for row in cells(found["Trials"]) if row]  # without the second heading
+    assert [(row[0], row[-1]) for row in rows] == [(str(place), fold) for fold in "01" for place in range(1, 7)]
+    assert [row[7] for row in rows] == (["adam"] * 3 + ["sgd"] * 3) * 2
+    assert "best trial's" not in found["Best and worst clusters"]
+
+
+def test_a_trial_without_a_split_stands_in_a_table_of_its_own(crossvalidation: Path) -> None:
+    write_json({"optim.kind": "sgd", "seed": 3, "data.fold": 0}, crossvalidation / "broken" / SAMPLE_FILE)
+    note_failure(crossvalidation / "broken", TrainingError("out of memory"))
+    trials = chapters(page(crossvalidation))["Trials"]
+    assert trials.count("<tbody>") == 3
+    assert "no split, since they did not come to their first batch: best first" in trials
+
+
+def test_what_only_repeats_a_trial_has_no_importance(crossvalidation: Path) -> None:
+    parameters = chapters(page(crossvalidation))["Parameters"]
+    assert [row[0] for row in cells(parameters)] == ["optim.kind"]
+    assert "Trials of different splits stand in one order here" in parameters
+    assert parameters.count("<img") == 1, "importance; parallel coordinates would rank all trials"
+
+
+def test_a_search_over_seeds_alone_has_no_importance(tmp_path: Path) -> None:
+    config = search_config({"seed": {"choice": list(range(10))}}, epochs=1).replaced({"search.sampler": "grid"})
+    folder = write_search(tmp_path / "seeds", config, [({"seed": seed}, [seed]) for seed in range(10)])
+    assert "Importance takes a setting, other than seed and fold, that differs" in chapters(page(folder))["Parameters"]
+
+
+def test_a_crossvalidation_without_a_winner_is_not_compared(crossvalidation: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [3, 6])
+    compared = chapters(page(crossvalidation, run))["Compared on validation images"]
+    assert (
+        "folds has no best trial, since its trials were validated on several splits, so it is not compared." in compared
+    )
+    assert [row[0] for row in cells(compared)] == ["run"]
+    write_run(crossvalidation / "final", [3, 9])
+    compared = chapters(page(crossvalidation, run))["Compared on validation images"]
+    assert [row[0] for row in cells(compared)] == ["folds/final", "run"]
+
+
 def test_a_search_has_its_chapters(search: Path) -> None:
     text = page(search)
     assert "<title>Search search</title>" in text

@@ -65,7 +65,8 @@ def test_trials_come_as_the_search_ranked_them(tmp_path: Path) -> None:
     assert [each.trial.sample["optim.lr"] for each in search.trials] == [1e-2, 1e-4, 1e-3]
     assert [each.state for each in search.trials] == ["done", "stopped", "stopped"]
     assert search.is_finished
-    assert search.split_hash == split().hash
+    assert search.split_hashes == (split().hash,)
+    assert search.best is search.trials[0]
 
 
 def test_a_search_that_goes_on_is_read_from_its_trials_folders(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_sections_come_back_from_the_text_that_samplers_keep(tmp_path: Path) -> 
 
 def test_a_search_that_was_killed_before_its_first_trial_is_one(tmp_path: Path) -> None:
     search = search_in(write_search(tmp_path / "search", search_config(SPACE), [], ranked=False))
-    assert (search.trials, search.split_hash, search.is_finished) == ((), None, False)
+    assert (search.trials, search.split_hashes, search.best, search.is_finished) == ((), (), None, False)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
