@@ -117,10 +117,13 @@ class InferenceConfig(Section):
     )
 
 
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
 class RunConfig(Section):
     """Where a run keeps what it makes."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder; none: verb and time")
+    name: str | None = Field(None, pattern=RUN_NAME, description="folder; none: verb and time")
     storage_path: Location = Field(
         Path("runs"), description="folder of all runs, s3:// and gs:// too; else on a cluster one that all nodes share"
     )
@@ -190,6 +193,11 @@ class Config(Section):
             raise ValueError(
                 f"data.validation_list {self.data.validation_list} and data.num_folds {self.data.num_folds} both say "
                 "which images are held out: set one of them to none"
+            )
+        if self.data.fold >= (self.data.num_folds or 1):
+            raise ValueError(
+                f"data.fold is {self.data.fold}, but data.num_folds is {self.data.num_folds or 'none'}: set that to "
+                f"{self.data.fold + 1} or more, or data.fold to less"
             )
         return self
 

@@ -8,6 +8,7 @@ them, it makes one search after the other; interrupted, it goes on with --resume
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def config_files(paths: Sequence[Path]) -> list[Path]:
     """The YAML files that `paths` name, of folders all that lie in them, by name. Raises ConfigError."""
+    from nuciseg.config import RUN_NAME
+
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
@@ -82,6 +85,11 @@ def config_files(paths: Sequence[Path]) -> list[Path]:
         files += inside
     by_name: dict[str, Path] = {}
     for file in files:
+        if len(files) > 1 and not re.fullmatch(RUN_NAME, file.stem):
+            raise ConfigError(
+                f"--config {file}: its search would lie in a folder {file.stem!r}; rename it, with letters, digits and "
+                "._- alone"
+            )
         other = by_name.setdefault(file.stem, file)
         if other != file:
             raise ConfigError(f"--config {other} and {file} would both be searched in a folder {file.stem}; rename one")
@@ -232,6 +240,12 @@ def _check(config: Config, *, final: bool, verbose: bool) -> None:
     from nuciseg.engine.network import stride_of
 
     build_space(config)
+    trial_epochs = config.search.trial_epochs
+    if trial_epochs is not None and trial_epochs > config.train.epochs:
+        raise ConfigError(
+            f"search.trial_epochs is {trial_epochs}, but train.epochs, for the winner, is {config.train.epochs}: set "
+            "search.trial_epochs to that or less"
+        )
     check_settings(config, verbose=verbose)
     largest_stride = max(variants(config, "model"), key=stride_of)
     check_data(largest_stride)

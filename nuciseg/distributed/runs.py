@@ -38,10 +38,11 @@ def check_settings(config: Config, *, verbose: bool) -> None:
     Raises ConfigError or CheckpointError for weights to start from that are not to be had, a loss whose weights do not
     fit the target's maps, W&B demanded without a key.
     """
-    num_maps = len(build_target(config.target).map_names)
-    maps, valid = torch.zeros(1, num_maps, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool)
-    for variant in variants(config, "loss"):
-        build_loss(variant.loss)(maps, maps, valid)
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    for num_maps in {len(build_target(variant.target).map_names) for variant in variants(config, "target")}:
+        maps = torch.zeros(1, num_maps, 8, 8)
+        for variant in variants(config, "loss"):
+            build_loss(variant.loss)(maps, maps, valid)
     for variant in _beginnings(config):
         begun_network(variant, 1, torch.device("cpu"))
     if config.tracking.kind == "wandb":

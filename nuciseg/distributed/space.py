@@ -4,13 +4,15 @@
     data.batch_size: {choice: [8, 16, 32]}
     model: {choice: [{kind: unet, width: 16}, {kind: timm, encoder: resnet18}]}
 
-A key may name a whole section; keys are applied in the order given, so that a later line refines an earlier one.
+A key may name a whole section, which is then set whole: what a choice leaves out has its default, not what the base
+configuration says. Keys are applied in the order given, so that a later line refines an earlier one.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +71,9 @@ def build_space(config: Config) -> dict[str, Any]:
     refuse_elastic_trials(config)
     if not config.search.space:
         raise ConfigError("search.space is empty; give at least one line, as `optim.lr: {loguniform: [1e-5, 1e-2]}`")
+    for above, below in itertools.combinations(config.search.space, 2):
+        if above.startswith(f"{below}."):
+            raise ConfigError(f"search.space.{above} stands above {below}, which would take its place; put it below")
     return {key: _sampler(key, line, config) for key, line in config.search.space.items()}
 
 
@@ -136,7 +141,7 @@ def _sampler(key: str, line: Mapping[str, Any], config: Config) -> Any:
             raise ConfigError(f"search.space.{key}: {name} needs a lower bound above 0, found {low!r}")
         if name.startswith("q") and len(arguments) > 2 and not (_is_number(arguments[2]) and arguments[2] > 0):
             raise ConfigError(f"search.space.{key}: {name} needs a step above 0, found {arguments[2]!r}")
-        for value in _ends(name, arguments):
+        for value in (*_ends(name, arguments), *_between(name, arguments)):
             _check(config, key, value)
     sampler = getattr(tune, name)
     try:
@@ -183,6 +188,16 @@ def _ends(name: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
     if name in ("choice", "grid_search"):
         return (min(arguments), max(arguments)) if all(map(_is_number, arguments)) else tuple(arguments)
     return tuple(arguments[:1]) or (0.0,)
+
+
+def _between(name: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """A value that a sampler of numbers may give besides its ends: not every key that takes those takes all between."""
+    low, high, *step = arguments
+    if "randint" not in name and not step:
+        return (low + (high - low) / math.e,)  # a whole number never
+    spacing = step[0] if step else 1
+    first = math.floor(low / spacing + 1) * spacing  # of the multiples that are drawn
+    return (first,) if first <= _ends(name, arguments)[1] else ()
 
 
 def _is_number(value: Any) -> bool:

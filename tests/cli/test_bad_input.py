@@ -169,6 +169,10 @@ def test_settings_that_a_run_would_end_with_leave_no_folder(
         ),
         ("{loss.weights.focal: {uniform: [0.0, 1.0]}}", "loss.map_weights has 3 values"),
         ("{model.depth: {choice: [2, 6]}}", "stride"),
+        (
+            "{target: {choice: [{kind: touching_border}, {kind: depth}]}, loss.bce.map_weights: {choice: [[1, 2]]}}",
+            "loss.map_weights has 2 values",
+        ),
     ],
 )
 def test_settings_that_a_trial_would_end_with_leave_no_folder(
@@ -182,6 +186,14 @@ def test_settings_that_a_trial_would_end_with_leave_no_folder(
     )
     assert expected in refused(capsys, tune.main, "--config", "search.yaml", *SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["search.yaml"]
+
+
+def test_trials_longer_than_the_winners_training(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ("--search.trial_epochs", "5", "--train.epochs", "2", "--run.storage_path", tmp_path / "runs", *SMALL)
+    assert refused(capsys, tune.main, *words) == (
+        "nuciseg: search.trial_epochs is 5, but train.epochs, for the winner, is 2: set search.trial_epochs to that or "
+        "less"
+    )
 
 
 def test_an_image_smaller_than_the_stride(capsys: pytest.CaptureFixture[str], clusters: Path) -> None:

@@ -124,6 +124,9 @@ def test_files_are_taken_once_and_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"would both be searched in a folder a; rename one"):
         config_files([*inside, tmp_path / "a.yaml"])
+    (tmp_path / "q" / "b (2).yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"b \(2\).yaml: its search would lie in a folder 'b \(2\)'; rename it, with"):
+        config_files([tmp_path / "q"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty is a folder without a \.yaml file"):
         config_files([tmp_path / "empty"])
