@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nuciseg.config import Config, DataConfig
 from nuciseg.data.fetching import local_folder
+from nuciseg.data.formats import get_format
 from nuciseg.data.formats.folders import own_folder
 from nuciseg.distributed.mirror import Mirror
 from nuciseg.distributed.progress import followed
@@ -21,7 +22,7 @@ from nuciseg.engine.precision import local_device
 
 def check_test_images(config: Config) -> None:
     """Decode the test images, if there are any, into the cache; raises DataError before the search that needs them."""
-    if _has_test_images(config.data):
+    if has_test_images(config.data):
         refuse_smaller_than(stride_of(config), open_samples(config.data, "test"))
 
 
@@ -56,13 +57,18 @@ def evaluate_final(run_dir: Path, config: Config) -> EvaluationResult:
     """Score the run's best checkpoint on the test images, or on validation where there are none."""
     best = CheckpointStore(run_dir).best
     assert best is not None  # it was just trained
-    split: SplitName = "test" if _has_test_images(config.data) else "validation"
+    split: SplitName = "test" if has_test_images(config.data) else "validation"
     return evaluate_checkpoint(best, None, split, default_out(best, split), device=local_device())
 
 
-def _has_test_images(config: DataConfig) -> bool:
+def has_test_images(config: DataConfig) -> bool:
+    """Whether there are labelled test images. Raises DataError."""
     if config.pool_test:
         return False
     if format_of(config) == "synthetic":
         return config.synthetic.num_test > 0
-    return config.root is not None and own_folder(local_folder(config.root, config.cache_dir), "test") is not None
+    root = None if config.root is None else local_folder(config.root, config.cache_dir)
+    if root is None or own_folder(root, "test") is None:
+        return False
+    # The Data Science Bowl's own test images came without masks: there is nothing to score on them.
+    return bool(get_format(format_of(config)).read(root, "test", []))

@@ -15,6 +15,7 @@ from nuciseg.data.cache import CachedSamples, open_cache
 from nuciseg.data.dataset import SampleStore, TrainingData, repeated_by_area
 from nuciseg.data.fetching import local_folder
 from nuciseg.data.formats import CLUSTER_FORMATS, detect_format, get_format, synthetic
+from nuciseg.data.formats.folders import with_fields_joined
 from nuciseg.data.splits import Split, fold_records, held_out_by_stardist, listed_records, split_records
 from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.network import stride_of
@@ -213,4 +214,5 @@ def _read(config: DataConfig, split: str) -> tuple[str, list[Record], Callable[[
     assert config.root is not None  # else the format is synthetic
     layout = get_format(name)
     root = local_folder(config.root, config.cache_dir)
-    return name, [record for part in parts for record in layout.read(root, part)], layout.load
+    records = [record for part in parts for record in layout.read(root, part)]
+    return name, records if len(parts) == 1 else with_fields_joined(records), layout.load

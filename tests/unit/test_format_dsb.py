@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -11,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nuciseg.config import DataConfig
+from nuciseg.config import Config, DataConfig
 from nuciseg.data.cache import content_key
 from nuciseg.data.formats import detect_format, dsb, get_format
 from nuciseg.data.formats.folders import LeftOut, splits_there
 from nuciseg.data.synthetic import SyntheticConfig, write_labels_folder
+from nuciseg.distributed.final import check_test_images, has_test_images
 from nuciseg.engine.datasets import open_samples
 from nuciseg.errors import DataError
 from nuciseg.exploring.reading import open_data
@@ -238,3 +240,17 @@ def test_the_content_hash_covers_every_mask(root: Path) -> None:
     after = open_samples(config, "train")
     assert after.path != before.path
     assert after[2].labels_HW[12, 8] == 2
+
+
+def test_test_images_that_came_without_masks_are_none_to_test_on(root: Path) -> None:
+    """As the competition gave them out: a search of its folder then scores the winner on validation."""
+    config = Config().replaced({"data.root": str(root), "target": {"kind": "depth"}, "model.depth": 2})
+    check_test_images(config)
+    assert has_test_images(config.data)
+    write_image(root / "stage1_test", "y", [])
+    with pytest.raises(DataError, match=r"1 of 2 images in \S+stage1_test are unlabelled"):
+        check_test_images(config)
+    shutil.rmtree(root / "stage1_test")
+    write_image(root / "stage1_test", "y", [])
+    check_test_images(config)
+    assert not has_test_images(config.data)

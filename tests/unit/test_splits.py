@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nuciseg.config import Config
 from nuciseg.data.splits import Split, fold_records, split_records
+from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, write_nucleus_pair
 from nuciseg.engine.datasets import open_samples, open_split_samples
 from nuciseg.errors import ConfigError, DataError, ResourceError
 from nuciseg.types import Record
@@ -134,3 +135,17 @@ def test_pooled_test_images_are_divided_with_the_others_and_test_nothing() -> No
     assert set(open_samples(config, "test").ids) < set(samples.ids)
     with pytest.raises(DataError, match=r"data\.pool_test made the test images training"):
         open_samples(pooled, "test")
+
+
+def test_the_same_image_in_both_pooled_parts_is_on_one_side(tmp_path: Path) -> None:
+    drawing = SyntheticConfig(num_train=6, num_test=6)
+    for number in range(6):
+        sample = draw_cluster(drawing, cluster_seed(drawing, "train", number))
+        write_nucleus_pair(tmp_path / "train", f"a{number}", sample)
+        write_nucleus_pair(tmp_path / "test", f"b{number}", sample)
+    changes = {"data.root": str(tmp_path), "data.pool_test": True, "data.num_folds": 3}
+    for fold in range(3):
+        _, split = open_split_samples(Config().replaced({**changes, "data.fold": fold}).data)
+        held_out = {id[1:] for id in split.validation_ids}
+        assert len(split.validation_ids) == 2 * len(held_out) == 4
+        assert held_out.isdisjoint(id[1:] for id in split.train_ids)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 from nuciseg.data.synthetic import SPLITS, SplitName
 from nuciseg.errors import DataError
+from nuciseg.types import Record
 
 GROUPS = "groups.csv"
 MAX_NAMED = 3  # names in a message; the rest are counted
@@ -174,6 +175,23 @@ def groups_of_duplicates(images: dict[str, Path]) -> dict[str, str]:
         else:
             groups[id] = first_by_digest.setdefault(digest, id)
     return groups
+
+
+def with_fields_joined(records: Sequence[Record]) -> list[Record]:
+    """Records of several splits, whose groups were told for each alone: groups with an image of the very same bytes
+    in common become one, called by the first of their names."""
+    files = {str(number): record.image_path for number, record in enumerate(records) if record.image_path is not None}
+    became: dict[str, str] = {}
+
+    def name_of(group: str) -> str:
+        while group in became:
+            group = became[group]
+        return group
+
+    for number, first in groups_of_duplicates(files).items():
+        names = sorted({name_of(records[int(each)].group) for each in (number, first)})
+        became.update(dict.fromkeys(names[1:], names[0]))
+    return [replace(record, group=name_of(record.group)) for record in records]
 
 
 def _read_groups(table: Path, images: dict[str, Path]) -> dict[str, str]:
