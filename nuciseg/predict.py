@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = fetched_checkpoint(args.checkpoint)
     require_writable(args.out)
     batch = Batch(args.out, settings_of(checkpoint, request), map(str, paths))
+    batch.refuse_results_of_others()
     if args.resume:
         batch.resume(request)
     pending = [path for path in paths if not batch.is_done(str(path))]
@@ -169,7 +170,10 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
     for path in paths.values():
         other = by_stem.setdefault(path.stem, path)
         if other != path:
-            raise DataError(f"{other} and {path} would both become {path.stem}_masks.tif; predict them separately")
+            raise DataError(
+                f"{other} and {path} would both become {path.stem}_masks.tif; predict them separately, with different "
+                "--out"
+            )
     return list(paths.values())
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,18 +21,21 @@ from nuciseg.engine.checkpoint import METADATA_FILE, WEIGHTS_FILE
 from nuciseg.engine.files import Request
 from nuciseg.errors import CheckpointError, ConfigError, DataError, writing
 from nuciseg.images import write_bytes
-from nuciseg.outputs import ImageResult, output_files, read_summary, write_summary
+from nuciseg.outputs import OUTPUT_NAMES, ImageResult, output_files, read_summary, write_summary
 
 SUMMARY_FILE = "summary.csv"
 SETTINGS_FILE = "predict.json"
 SAVE_S = 5.0  # so much a process that is killed may lose of the summary
-NOT_COMPARED = ("nuciseg", "checkpoint")  # weights that were moved are the same
+NOT_COMPARED = ("nuciseg", "checkpoint", "folder")  # weights and images that were moved are the same
 
 Settings = Mapping[str, str | int | float | None]
 
 
 def settings_of(checkpoint: Path, request: Request) -> Settings:
-    """All that changes what is found in an image. Raises CheckpointError where `checkpoint` cannot be read."""
+    """All that changes what is found in an image, and where the relative names of images begin.
+
+    Raises CheckpointError where `checkpoint` cannot be read.
+    """
     weights = blake2b(digest_size=16)
     try:
         for name in (WEIGHTS_FILE, METADATA_FILE):
@@ -41,6 +46,7 @@ def settings_of(checkpoint: Path, request: Request) -> Settings:
         ) from error
     return {
         "nuciseg": __version__,
+        "folder": os.getcwd(),
         "checkpoint": str(checkpoint),
         "weights": weights.hexdigest(),
         "channel": request.channel,
@@ -52,39 +58,67 @@ def settings_of(checkpoint: Path, request: Request) -> Settings:
 
 
 class Batch:
-    """The results so far. Rows are kept in the order of `files`, the images asked for; others come after them."""
+    """The results so far, at most one of each stem, by which their files are named. Rows are kept in the order of
+    `files`, the images asked for, each with a stem of its own; others come after them."""
 
     def __init__(self, out: Path, settings: Settings, files: Iterable[str]) -> None:
         self._out, self._settings = out, settings
-        self._order = {file: number for number, file in enumerate(files)}
+        self._files = {Path(file).stem: file for file in files}
+        self._order = {stem: number for number, stem in enumerate(self._files)}
         self._rows: dict[str, ImageResult] = {}
         self._is_begun = False
         self._saved_s = -math.inf
 
+    def refuse_results_of_others(self) -> None:
+        """Raise DataError where results of another image, by the table of an earlier run, would be replaced."""
+        earlier: list[ImageResult] = []
+        with contextlib.suppress(DataError):  # a table that cannot be read shows nothing; `resume` complains
+            earlier = read_summary(self._out / SUMMARY_FILE)
+        folder = self._earlier_folder()
+        for row in earlier:
+            stem = Path(row.file).stem
+            file = self._files.get(stem)
+            if row.summary is None or file is None or _is_same(row.file, folder, file):
+                continue
+            for name in output_files(OUTPUT_NAMES, stem):
+                if (self._out / name).exists():
+                    raise DataError(
+                        f"{self._out / name} is of {row.file} and would be replaced by that of {file}; choose another "
+                        "--out"
+                    )
+
     def resume(self, request: Request) -> None:
         """Take over what an earlier run has finished, as far as all files that `request` names are there.
 
-        Raises ConfigError where it predicted with other settings, DataError where its records cannot be read.
+        Raises ConfigError where it predicted with other settings, DataError where its records cannot be read,
+        ResourceError where they cannot be written.
         """
         if not (self._out / SUMMARY_FILE).is_file():
             return
         _refuse_other_settings(self._out, self._settings)
+        folder = self._earlier_folder()
+        is_elsewhere = folder != self._settings["folder"]
         for row in read_summary(self._out / SUMMARY_FILE):
-            names = output_files(request.outputs, Path(row.file).stem)
+            stem = Path(row.file).stem
+            names = output_files(request.outputs, stem)
             if row.summary is not None and all((self._out / name).is_file() for name in names):
-                self._rows[row.file] = row
-        self._is_begun = True
+                named_before = os.path.join(folder, row.file) if is_elsewhere else row.file
+                self._rows[stem] = replace(row, file=self._files.get(stem, named_before))
+        self._is_begun = bool(self._rows)
+        if self._is_begun and is_elsewhere:
+            self.save()  # first: the names in it hold whatever the settings say
+            self._write_settings()
 
     def rows(self) -> list[ImageResult]:
         """Those of the images asked for."""
-        return [self._rows[file] for file in self._order if file in self._rows]
+        return [self._rows[stem] for stem in self._files if stem in self._rows]
 
     def is_done(self, file: str) -> bool:
-        return file in self._rows
+        return Path(file).stem in self._rows
 
     def add(self, row: ImageResult) -> None:
         """Raises ResourceError where the summary cannot be written."""
-        self._rows[row.file] = row
+        self._rows[Path(row.file).stem] = row
         if time.monotonic() - self._saved_s >= SAVE_S:
             self.save()
 
@@ -96,11 +130,28 @@ class Batch:
             # In this order no summary ever lies beside settings that are not its own.
             with writing(self._out / SUMMARY_FILE), contextlib.suppress(FileNotFoundError):
                 (self._out / SUMMARY_FILE).unlink()
-            write_bytes(self._out / SETTINGS_FILE, json.dumps(dict(self._settings), indent=1).encode())
+            self._write_settings()
             self._is_begun = True
-        rows = sorted(self._rows.values(), key=lambda row: self._order.get(row.file, len(self._order)))
-        write_summary(self._out / SUMMARY_FILE, rows)
+        stems = sorted(self._rows, key=lambda stem: self._order.get(stem, len(self._order)))
+        write_summary(self._out / SUMMARY_FILE, [self._rows[stem] for stem in stems])
         self._saved_s = time.monotonic()
+
+    def _write_settings(self) -> None:
+        write_bytes(self._out / SETTINGS_FILE, json.dumps(dict(self._settings), indent=1).encode())
+
+    def _earlier_folder(self) -> str:
+        """Where the relative names of an earlier run begin; of one that does not say, here."""
+        try:
+            return str(json.loads((self._out / SETTINGS_FILE).read_text(encoding="utf-8"))["folder"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return os.getcwd()
+
+
+def _is_same(earlier: str, folder: str, file: str) -> bool:
+    """Whether an image that was named `earlier` in `folder` is the one that is called `file` here."""
+    path = os.path.realpath(os.path.join(folder, earlier))
+    # Images that were moved together with the folder that they were named in have the same name, and are gone there.
+    return path == os.path.realpath(file) or (earlier == file and not os.path.lexists(path))
 
 
 def _refuse_other_settings(out: Path, settings: Settings) -> None:

@@ -161,6 +161,67 @@ def test_without_resume_a_batch_begins_anew(tiny_fields_run: Path, fields: list[
     assert json.loads((two_of_three / "predict.json").read_text())["diameter"] == "9 px"
 
 
+# ---------------------------------------------------------------------------------------------- whose results these are
+@pytest.mark.parametrize("resume", [["--resume"], []], ids=["resumed", "anew"])
+def test_another_image_of_the_same_name_is_refused(
+    tiny_fields_run: Path,
+    fields: list[Path],
+    two_of_three: Path,
+    tmp_path: Path,
+    resume: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (other,) = write_fields(tmp_path / "other", 1)
+    before = snapshot(two_of_three)
+    capsys.readouterr()
+    assert predict("--checkpoint", tiny_fields_run, other, "--out", two_of_three, *resume) == 2
+    assert capsys.readouterr().err == (
+        f"nuciseg: {two_of_three / 'field_00_masks.tif'} is of {fields[0]} and would be replaced by that of {other}; "
+        "choose another --out\n"
+    )
+    assert snapshot(two_of_three) == before
+    assert predict("--checkpoint", tiny_fields_run, *fields[:2], "--out", two_of_three) == 0, "its own are replaced"
+    assert snapshot(two_of_three) != before
+    for path in snapshot(two_of_three):
+        (two_of_three / path).unlink()
+    assert predict("--checkpoint", tiny_fields_run, other, "--out", two_of_three, *resume) == 0, "nothing is replaced"
+
+
+def test_the_same_image_by_another_name_is_the_same(
+    tiny_fields_run: Path, fields: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, out = tmp_path / "home", tmp_path / "home" / "out"
+    shutil.copytree(fields[0].parent, home / "images")
+    (tmp_path / "link").symlink_to(home)
+    words = ["--checkpoint", tiny_fields_run, "--out", out, "--resume"]
+    monkeypatch.chdir(home)
+    assert predict(*words, "images/field_00.tif", "images/field_01.tif") == 0
+    complete = snapshot(out)
+    for folder, named in ((home, home / "images"), (tmp_path, Path("link/images")), (tmp_path, Path("home/images"))):
+        monkeypatch.chdir(folder)
+        assert predict(*words, named / "field_00.tif") == 0
+        assert snapshot(out) == complete
+        first, second = (row["file"] for row in read_summary_rows(out))
+        assert first == str(named / "field_00.tif")
+        assert Path(second).resolve() == home / "images" / "field_01.tif", "named from elsewhere before"
+    assert predict(*words[:-1], named) == 0, "anew"
+    assert len(read_summary_rows(out)) == 3
+
+
+def test_images_that_were_moved_with_their_results_are_the_same(
+    tiny_fields_run: Path, fields: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(fields[0].parent, tmp_path / "before" / "images")
+    words = ["--checkpoint", tiny_fields_run, "images", "--out", "out", "--resume"]
+    monkeypatch.chdir(tmp_path / "before")
+    assert predict(*words) == 0
+    complete = snapshot(Path("out"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    monkeypatch.chdir(tmp_path / "after")
+    assert predict(*words) == 0
+    assert snapshot(Path("out")) == complete
+
+
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
 def test_an_interrupted_batch_goes_on(by: signal.Signals, tiny_fields_run: Path, tmp_path: Path) -> None:
     paths = write_fields(tmp_path / "many", 12, side_px=400)
