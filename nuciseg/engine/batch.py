@@ -81,7 +81,7 @@ class Batch:
             if row.summary is None or file is None or _is_same(row.file, folder, file):
                 continue
             for name in output_files(OUTPUT_NAMES, stem):
-                if (self._out / name).exists():
+                if os.path.exists(self._out / name):  # False for a name that is too long
                     raise DataError(
                         f"{self._out / name} is of {row.file} and would be replaced by that of {file}; choose another "
                         "--out"
@@ -101,7 +101,7 @@ class Batch:
         for row in read_summary(self._out / SUMMARY_FILE):
             stem = Path(row.file).stem
             names = output_files(request.outputs, stem)
-            if row.summary is not None and all((self._out / name).is_file() for name in names):
+            if row.summary is not None and all(os.path.isfile(self._out / name) for name in names):
                 named_before = os.path.join(folder, row.file) if is_elsewhere else row.file
                 self._rows[stem] = replace(row, file=self._files.get(stem, named_before))
         self._is_begun = bool(self._rows)

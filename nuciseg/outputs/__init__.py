@@ -144,7 +144,7 @@ def open_outputs(
     They are written in a hidden folder in there and renamed when all are whole, so that files of these names are
     replaced. Where the block ends with an exception, KeyboardInterrupt among them, nothing of it is left and earlier
     files stay as they were. Raises `ConfigError` for an unknown name, `DataError` for a pixel size that is no positive
-    number, `ResourceError` where `folder` cannot be written.
+    number and a `stem` too long for the names of its files, `ResourceError` where `folder` cannot be written.
     """
     wanted = set(names)
     if unknown := sorted(wanted - set(OUTPUT_NAMES)):
@@ -153,7 +153,14 @@ def open_outputs(
         raise DataError(f"{stem} has a pixel size of {pixel_size_um} um; give the side of a pixel, above 0, or none.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{stem}.", suffix=".tmp", dir=folder, ignore_cleanup_errors=True)
+        most_bytes = os.pathconf(folder, "PC_NAME_MAX")
+        longest = max(output_files(wanted, stem), key=_num_bytes, default="")
+        if _num_bytes(longest) > most_bytes:
+            raise DataError(
+                f"{longest} has {_num_bytes(longest)} bytes, and a name in {folder} at most {most_bytes}; shorten the "
+                "name of the image"
+            )
+        scratch = tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder, ignore_cleanup_errors=True)
     with scratch as scratch_name:
         outputs = Outputs(folder, shape, pixel_size_um)
         try:
@@ -163,3 +170,7 @@ def open_outputs(
             outputs._publish(Path(scratch_name))
         finally:
             outputs._close()
+
+
+def _num_bytes(name: str) -> int:
+    return len(os.fsencode(name))

@@ -58,6 +58,25 @@ def test_one_bad_image_among_many(tiny_fields_run: Path, tmp_path: Path, capsys:
     assert [f"nuciseg: {row['reason']}" for row in rows[1:3]] == [first, second]
 
 
+def test_a_name_too_long_for_its_results_costs_no_other_image(
+    tiny_fields_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, last = write_fields(tmp_path, 2)
+    fits = first.rename(tmp_path / f"{'f' * (255 - len('_measurements.csv'))}.tif")
+    long = write(tmp_path / f"{'核' * 80}.tif", FIELD_HW)
+    out = tmp_path / "out"
+    assert predict("--checkpoint", tiny_fields_run, fits, long, last, "--out", out) == 2
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"nuciseg: {long.stem}_measurements.csv has 257 bytes, and a name in {out} at most 255; "
+        "shorten the name of the image"
+    )
+    assert [row["status"] for row in read_summary_rows(out)] == ["done", "failed", "done"]
+    words = ["--checkpoint", tiny_fields_run, long, "--out", out, "--resume"]
+    assert predict(*words, "--no-measurements") == 0
+    assert predict(*words) == 2
+    assert "shorten the name" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
