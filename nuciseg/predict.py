@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import glob
 import math
+import os
 import sys
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -154,18 +155,18 @@ def _progress(num_images: int) -> Iterator[Callable[[float], None]]:
 
 
 def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
-    """The image files that `inputs` (files, folders, patterns) name, each once, in order.
+    """The image files that `inputs` (files, folders, patterns) name, each once, in order; a link goes by its own name.
 
     Raises DataError for an input that names none, for two files whose results would have the same name, and where a
     folder is also the one to write to: a second run would take the first one's results for images.
     """
-    paths: dict[Path, Path] = {}
+    paths: dict[tuple[str, str], Path] = {}
     for each in inputs:
         found = _files_of(each, out)
         if not found:
             raise DataError(f"{each} names no image; give an image file, a folder of images or a pattern")
         for path in found:
-            paths.setdefault(path.resolve(), path)
+            paths.setdefault((os.path.realpath(path), path.stem), path)
     by_stem: dict[str, Path] = {}
     for path in paths.values():
         other = by_stem.setdefault(path.stem, path)
@@ -180,10 +181,10 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
 def _refuse_to_overwrite(paths: Iterable[Path], request: Request) -> None:
     from nuciseg.outputs import output_files
 
-    inputs = {path.resolve() for path in paths}
+    inputs = {os.path.realpath(path) for path in paths}
     for path in paths:
         for name in output_files(request.outputs, path.stem):
-            if (request.out / name).resolve() in inputs:
+            if os.path.realpath(request.out / name) in inputs:
                 raise DataError(f"{request.out / name} is to be read and would be overwritten; choose another --out")
 
 
@@ -202,7 +203,8 @@ def _is_image(path: Path) -> bool:
     from nuciseg.sources import SOURCE_SUFFIXES
 
     is_one = path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()
-    return path.suffix.lower() in SOURCE_SUFFIXES and not path.name.startswith(".") and is_one
+    is_broken_link = path.is_symlink() and not path.exists()  # to be reported, not passed over
+    return path.suffix.lower() in SOURCE_SUFFIXES and not path.name.startswith(".") and (is_one or is_broken_link)
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -88,8 +88,8 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
     need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
     require_room(num_workers, need, "--workers", "give fewer, or add nodes")
     require_shared(request.out, "--out")
-    # Of each folder one file: enough to tell whether a node sees it.
-    folders = {str(path.absolute().parent): path for path in paths}
+    # Of each folder one file: enough to tell whether a node sees it. A link to nothing is nowhere, and fails alone.
+    folders = {str(path.absolute().parent): path for path in paths if path.exists()}
     require_everywhere({"--checkpoint": checkpoint, **{f"INPUT in {name}": path for name, path in folders.items()}})
     # An actor that cannot start is started for ever.
     Predictor.load(checkpoint, torch.device("cpu"))

@@ -110,6 +110,8 @@ def _open(path: Path, allow_large: bool) -> contextlib.AbstractContextManager[St
         from nuciseg.sources.ome_zarr import open_ome_zarr
 
         return contextlib.nullcontext(open_ome_zarr(path))
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to {path.readlink()}, which does not exist; fetch it, or mend the link.")
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; check the path.")
     if path.suffix.lower() in _VENDOR_SUFFIXES:

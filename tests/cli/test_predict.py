@@ -173,6 +173,30 @@ def test_each_file_is_taken_once_and_what_is_no_image_is_left_out(tmp_path: Path
     assert [path.name for path in found] == ["b.png", "a.tif", "c.JPG"]
 
 
+def test_links_are_images_of_their_own(tmp_path: Path) -> None:
+    folder, store = tmp_path / "images", tmp_path / "store"
+    for each in (folder, store):
+        each.mkdir()
+    (store / "content.tif").write_bytes(b"")
+    for name, target in (("a.tif", "content.tif"), ("b.tif", "content.tif"), ("gone.tif", "gone"), ("x.zarr", "gone")):
+        (folder / name).symlink_to(store / target)
+    (folder / "loop.tif").symlink_to("loop.tif")
+    (tmp_path / "same").symlink_to(folder)
+    found = expand_inputs([str(folder), str(tmp_path / "same"), str(folder / "gone.tif")], tmp_path / "out")
+    assert found == [folder / name for name in ("a.tif", "b.tif", "gone.tif", "loop.tif", "x.zarr")]
+
+
+def test_a_link_to_nothing_is_a_failure(
+    tiny_fields_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = write_fields(tmp_path / "images", 1)
+    link = path.with_name("gone.tif")
+    link.symlink_to("not/there")
+    assert predict("--checkpoint", tiny_fields_run, path.parent, "--out", tmp_path / "out") == 2
+    assert f"nuciseg: {link} is a link to not/there, which does not exist; fetch it" in capsys.readouterr().err
+    assert [row["status"] for row in read_summary_rows(tmp_path / "out")] == ["done", "failed"]
+
+
 def test_two_images_with_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
