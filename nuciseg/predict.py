@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predict all inputs; raises NucisegError, for an image that could not be predicted after all others are done."""
     args = _parser().parse_args(argv)
     request = _request(args)
-    paths = expand_inputs(args.input, args.out)
+    paths, left_out = expand_inputs(args.input, args.out)
     _refuse_to_overwrite(paths, request)
 
     from nuciseg.distributed.mirror import fetched_checkpoint
@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch.refuse_results_of_others()
     if args.resume:
         batch.resume(request)
+    if left_out:
+        what = "label image or overlay that lies beside its image"
+        if len(left_out) > 1:
+            what = "label images and overlays that lie beside their images"
+        print(f"left out: {len(left_out)} {what}, such as {left_out[0]}")
     pending = [path for path in paths if not batch.is_done(str(path))]
     if len(pending) < len(paths):
         print(f"{len(paths) - len(pending)} of {len(paths)} images were finished before")
@@ -154,19 +159,23 @@ def _progress(num_images: int) -> Iterator[Callable[[float], None]]:
         yield lambda num_done: bar.update(task, completed=num_done)
 
 
-def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
+def expand_inputs(inputs: Iterable[str], out: Path) -> tuple[list[Path], list[Path]]:
     """The image files that `inputs` (files, folders, patterns) name, each once, in order; a link goes by its own name.
+    And the files of folders that were left out because they are results of images beside them.
 
     Raises DataError for an input that names none, for two files whose results would have the same name, and where a
     folder is also the one to write to: a second run would take the first one's results for images.
     """
     paths: dict[tuple[str, str], Path] = {}
+    left_out: dict[tuple[str, str], Path] = {}
     for each in inputs:
-        found = _files_of(each, out)
+        found, results = _files_of(each, out)
         if not found:
             raise DataError(f"{each} names no image; give an image file, a folder of images or a pattern")
         for path in found:
-            paths.setdefault((os.path.realpath(path), path.stem), path)
+            paths.setdefault(_identity(path), path)
+        for path in results:
+            left_out.setdefault(_identity(path), path)
     by_stem: dict[str, Path] = {}
     for path in paths.values():
         other = by_stem.setdefault(path.stem, path)
@@ -175,7 +184,24 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> list[Path]:
                 f"{other} and {path} would both become {path.stem}_masks.tif; predict them separately, with different "
                 "--out"
             )
-    return list(paths.values())
+    return list(paths.values()), [left_out[key] for key in left_out if key not in paths]
+
+
+def _identity(path: Path) -> tuple[str, str]:
+    return os.path.realpath(path), path.stem
+
+
+def _results_among(paths: list[Path]) -> set[Path]:
+    """Label images as Cellpose and nuciseg name them, and nuciseg's overlays, where their image is there, too."""
+    from nuciseg.data.formats.cellpose import IMAGE_ENDING, MASKS_ENDINGS
+
+    stems = {path.stem for path in paths}
+    return {
+        path
+        for path in paths
+        for ending in (*MASKS_ENDINGS, *(("_overlay",) if path.suffix == ".png" else ()))
+        if path.stem.endswith(ending) and stems & {name := path.stem.removesuffix(ending), name + IMAGE_ENDING}
+    }
 
 
 def _refuse_to_overwrite(paths: Iterable[Path], request: Request) -> None:
@@ -188,15 +214,18 @@ def _refuse_to_overwrite(paths: Iterable[Path], request: Request) -> None:
                 raise DataError(f"{request.out / name} is to be read and would be overwritten; choose another --out")
 
 
-def _files_of(text: str, out: Path) -> list[Path]:
+def _files_of(text: str, out: Path) -> tuple[list[Path], list[Path]]:
+    """The images, and where it is a folder the results among its files."""
     path = Path(text)
     if path.is_dir() and not _is_image(path):
         if path.resolve() == out.resolve():
             raise DataError(f"--out {out} is the folder of the images; choose another for the results")
-        return sorted(each for each in path.iterdir() if _is_image(each))
+        found = sorted(each for each in path.iterdir() if _is_image(each))
+        results = _results_among(found)
+        return [each for each in found if each not in results], sorted(results)
     if path.exists():
-        return [path]
-    return sorted(each for each in map(Path, glob.glob(text, recursive=True)) if _is_image(each))
+        return [path], []
+    return sorted(each for each in map(Path, glob.glob(text, recursive=True)) if _is_image(each)), []
 
 
 def _is_image(path: Path) -> bool:

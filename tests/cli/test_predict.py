@@ -18,6 +18,7 @@ from predict_verb import predict, read_summary_rows, write_fields
 import nuciseg
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.errors import DataError
+from nuciseg.images import write_labels_tiff
 from nuciseg.outputs import OUTPUT_NAMES
 from nuciseg.predict import BY_DEFAULT, OUTPUTS, expand_inputs
 
@@ -169,8 +170,32 @@ def test_each_file_is_taken_once_and_what_is_no_image_is_left_out(tmp_path: Path
     for name in ("b.png", "a.tif", "c.JPG", ".hidden.png", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     inputs = [str(tmp_path / "b.png"), str(tmp_path), str(tmp_path / "*")]
-    found = expand_inputs(inputs, tmp_path / "out")
+    found, _ = expand_inputs(inputs, tmp_path / "out")
     assert [path.name for path in found] == ["b.png", "a.tif", "c.JPG"]
+
+
+def test_results_beside_their_images_are_left_out_of_a_folder(tmp_path: Path) -> None:
+    images = ["a.tif", "b.png", "c_img.png", "other_masks.tif", "photo.jpg", "photo_overlay.jpg", "x_overlay.png"]
+    results = ["a_cp_masks.png", "a_masks.tif", "a_overlay.png", "b_masks.png", "c_masks.png"]
+    for name in images + results:
+        (tmp_path / name).write_bytes(b"")
+    found, left_out = expand_inputs([str(tmp_path)], tmp_path / "out")
+    assert [path.name for path in found] == images
+    assert [path.name for path in left_out] == results
+    found, left_out = expand_inputs([str(tmp_path), str(tmp_path / "a_masks.tif")], tmp_path / "out")
+    assert tmp_path / "a_masks.tif" in found, "named by itself it is meant"
+    assert [path.name for path in left_out] == [name for name in results if name != "a_masks.tif"]
+
+
+def test_how_many_were_left_out_is_said(
+    tiny_fields_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = write_fields(tmp_path / "images", 1)
+    write_labels_tiff(path.with_name("field_00_masks.tif"), np.ones((96, 96), np.int32))
+    assert predict("--checkpoint", tiny_fields_run, path.parent, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.startswith(
+        f"left out: 1 label image or overlay that lies beside its image, such as {path.parent / 'field_00_masks.tif'}\n"
+    )
 
 
 def test_links_are_images_of_their_own(tmp_path: Path) -> None:
@@ -182,7 +207,7 @@ def test_links_are_images_of_their_own(tmp_path: Path) -> None:
         (folder / name).symlink_to(store / target)
     (folder / "loop.tif").symlink_to("loop.tif")
     (tmp_path / "same").symlink_to(folder)
-    found = expand_inputs([str(folder), str(tmp_path / "same"), str(folder / "gone.tif")], tmp_path / "out")
+    found, _ = expand_inputs([str(folder), str(tmp_path / "same"), str(folder / "gone.tif")], tmp_path / "out")
     assert found == [folder / name for name in ("a.tif", "b.tif", "gone.tif", "loop.tif", "x.zarr")]
 
 
