@@ -47,8 +47,9 @@ DESCRIPTION = """\
 Find the nuclei of images: whole microscope fields and slides, or with --checkpoint nuciseg/separator clusters that were
 cut out on black. No training is needed.
 
-For each image STEM.* the files below are written to --out; summary.csv has one row an image, predict.json what they
-were predicted with. An image that cannot be used is reported and left out, and the exit code is 2.
+For each image STEM.* (NAME.zarr/0: STEM is NAME_0) the files below are written to --out; summary.csv has one row an
+image, predict.json what they were predicted with. An image that cannot be used is reported and left out, and the exit
+code is 2.
 """
 
 
@@ -177,18 +178,19 @@ def expand_inputs(inputs: Iterable[str], out: Path) -> tuple[list[Path], list[Pa
         for path in results:
             left_out.setdefault(_identity(path), path)
     by_stem: dict[str, Path] = {}
-    for path in paths.values():
-        other = by_stem.setdefault(path.stem, path)
+    for (_, stem), path in paths.items():
+        other = by_stem.setdefault(stem, path)
         if other != path:
             raise DataError(
-                f"{other} and {path} would both become {path.stem}_masks.tif; predict them separately, with different "
-                "--out"
+                f"{other} and {path} would both become {stem}_masks.tif; predict them separately, with different --out"
             )
     return list(paths.values()), [left_out[key] for key in left_out if key not in paths]
 
 
 def _identity(path: Path) -> tuple[str, str]:
-    return os.path.realpath(path), path.stem
+    from nuciseg.outputs import stem_of
+
+    return os.path.realpath(path), stem_of(path)
 
 
 def _results_among(paths: list[Path]) -> set[Path]:
@@ -205,11 +207,11 @@ def _results_among(paths: list[Path]) -> set[Path]:
 
 
 def _refuse_to_overwrite(paths: Iterable[Path], request: Request) -> None:
-    from nuciseg.outputs import output_files
+    from nuciseg.outputs import output_files, stem_of
 
     inputs = {os.path.realpath(path) for path in paths}
     for path in paths:
-        for name in output_files(request.outputs, path.stem):
+        for name in output_files(request.outputs, stem_of(path)):
             if os.path.realpath(request.out / name) in inputs:
                 raise DataError(f"{request.out / name} is to be read and would be overwritten; choose another --out")
 
@@ -230,10 +232,15 @@ def _files_of(text: str, out: Path) -> tuple[list[Path], list[Path]]:
 
 def _is_image(path: Path) -> bool:
     from nuciseg.sources import SOURCE_SUFFIXES
+    from nuciseg.sources.ome_zarr import is_ome_zarr
 
-    is_one = path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()
+    if path.name.startswith("."):
+        return False
+    is_zarr = path.suffix.lower() == ".zarr"
+    if path.is_dir():  # what lies within an image, its labels for instance, is none
+        return is_zarr or (is_ome_zarr(path) and not any(map(is_ome_zarr, path.parents)))
     is_broken_link = path.is_symlink() and not path.exists()  # to be reported, not passed over
-    return path.suffix.lower() in SOURCE_SUFFIXES and not path.name.startswith(".") and (is_one or is_broken_link)
+    return path.suffix.lower() in SOURCE_SUFFIXES and (is_broken_link or (path.is_file() and not is_zarr))
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -21,7 +21,7 @@ from nuciseg.engine.checkpoint import METADATA_FILE, WEIGHTS_FILE
 from nuciseg.engine.files import Request
 from nuciseg.errors import CheckpointError, ConfigError, DataError, writing
 from nuciseg.images import write_bytes
-from nuciseg.outputs import OUTPUT_NAMES, ImageResult, output_files, read_summary, write_summary
+from nuciseg.outputs import OUTPUT_NAMES, ImageResult, output_files, read_summary, stem_of, write_summary
 
 SUMMARY_FILE = "summary.csv"
 SETTINGS_FILE = "predict.json"
@@ -63,7 +63,7 @@ class Batch:
 
     def __init__(self, out: Path, settings: Settings, files: Iterable[str]) -> None:
         self._out, self._settings = out, settings
-        self._files = {Path(file).stem: file for file in files}
+        self._files = {stem_of(file): file for file in files}
         self._order = {stem: number for number, stem in enumerate(self._files)}
         self._rows: dict[str, ImageResult] = {}
         self._is_begun = False
@@ -76,7 +76,7 @@ class Batch:
             earlier = read_summary(self._out / SUMMARY_FILE)
         folder = self._earlier_folder()
         for row in earlier:
-            stem = Path(row.file).stem
+            stem = stem_of(os.path.join(folder, row.file))
             file = self._files.get(stem)
             if row.summary is None or file is None or _is_same(row.file, folder, file):
                 continue
@@ -99,7 +99,7 @@ class Batch:
         folder = self._earlier_folder()
         is_elsewhere = folder != self._settings["folder"]
         for row in read_summary(self._out / SUMMARY_FILE):
-            stem = Path(row.file).stem
+            stem = stem_of(os.path.join(folder, row.file))
             names = output_files(request.outputs, stem)
             if row.summary is not None and all(os.path.isfile(self._out / name) for name in names):
                 named_before = os.path.join(folder, row.file) if is_elsewhere else row.file
@@ -114,11 +114,11 @@ class Batch:
         return [self._rows[stem] for stem in self._files if stem in self._rows]
 
     def is_done(self, file: str) -> bool:
-        return Path(file).stem in self._rows
+        return stem_of(file) in self._rows
 
     def add(self, row: ImageResult) -> None:
         """Raises ResourceError where the summary cannot be written."""
-        self._rows[Path(row.file).stem] = row
+        self._rows[stem_of(row.file)] = row
         if time.monotonic() - self._saved_s >= SAVE_S:
             self.save()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from nuciseg.engine.fields import TILE_PX
 from nuciseg.engine.prediction import Predictor
 from nuciseg.errors import ConfigError, DataError
-from nuciseg.outputs import ImageResult, OutputName, open_outputs
+from nuciseg.outputs import ImageResult, OutputName, open_outputs, stem_of
 from nuciseg.sources import Projection, open_source
 
 LEAST_DIAMETER_PX = 1.0
@@ -94,7 +94,7 @@ def predict_file(
         diameter_px = None if request.diameter is None else request.diameter.in_px(pixel_size_um, str(path))
         plan = predictor.plan(source, str(path), diameter_px, request.tile_px)
         num_open_borders = None
-        with open_outputs(request.outputs, request.out, path.stem, source.shape, pixel_size_um) as outputs:
+        with open_outputs(request.outputs, request.out, stem_of(path), source.shape, pixel_size_um) as outputs:
             num_windows = math.prod(len(plan.grid.spans(length)) for length in source.shape)
             for number, window in enumerate(predictor.windows(source, plan), start=1):
                 outputs.add(window)

@@ -36,6 +36,7 @@ __all__ = [
     "open_outputs",
     "output_files",
     "read_summary",
+    "stem_of",
     "write_summary",
 ]
 
@@ -54,6 +55,16 @@ _ENDINGS: dict[OutputName, str] = {
 def output_files(names: Iterable[OutputName], stem: str) -> list[str]:
     """The names of the files that these outputs of an image are."""
     return [stem + _ENDINGS[name] for name in names]
+
+
+def stem_of(image: Path | str) -> str:
+    """What the results of the image at this path are called by: its name without the ending. Within a folder NAME.zarr
+    they are NAME_0 of the image 0, for each such folder may have one of that name."""
+    path = Path(os.path.abspath(image))
+    for folder in path.parents:
+        if folder.suffix.lower() == ".zarr":
+            return "_".join((folder.stem, *path.relative_to(folder).parent.parts, path.stem))
+    return path.stem
 
 
 class Writer(Protocol):

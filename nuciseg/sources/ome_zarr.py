@@ -6,6 +6,7 @@ empty chunks, so unlike a TIFF's it is no sign of damage.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,19 @@ from nuciseg.errors import DataError
 from nuciseg.sources.stored import Stored, micrometres
 
 _SIGNS = ("zarr.json", ".zgroup", ".zarray")
+
+
+def is_ome_zarr(path: Path) -> bool:
+    """Whether the folder `path` describes an OME-Zarr image, whatever it is called."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            described = json.loads((path / name).read_bytes())
+            attributes = described["attributes"] if name == "zarr.json" else described
+            if "multiscales" in _get(attributes, "ome", attributes):
+                return True
+        except (OSError, ValueError, TypeError, KeyError):  # no file, or one with something else
+            continue
+    return False
 
 
 def open_ome_zarr(path: Path) -> Stored:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 from predict_verb import predict, read_summary_rows, write_fields
+from written_images import save_zarr
 
 import nuciseg
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
@@ -196,6 +197,22 @@ def test_how_many_were_left_out_is_said(
     assert capsys.readouterr().out.startswith(
         f"left out: 1 label image or overlay that lies beside its image, such as {path.parent / 'field_00_masks.tif'}\n"
     )
+
+
+def test_a_folder_is_an_image_by_what_it_holds(tmp_path: Path) -> None:
+    for name in ("image", "image/labels/nuclei", "several.zarr/0", "several.zarr/1"):
+        save_zarr(tmp_path / name, np.ones((8, 8), np.uint8), "yx", "0.4")
+    (tmp_path / "odd").mkdir()
+    for name in (".zattrs", "zarr.json"):
+        (tmp_path / "odd" / name).write_text("[7]" if name == "zarr.json" else '{"multiscales')
+
+    def found(pattern: str) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in expand_inputs([str(tmp_path / pattern)], tmp_path / "o")[0]]
+
+    assert found("") == found("*") == ["image", "several.zarr"]
+    assert found("image") == ["image"]
+    assert found("several.zarr/*") == ["several.zarr/0", "several.zarr/1"]
+    assert "image/labels/nuclei" not in found("**"), "it belongs to its image"
 
 
 def test_links_are_images_of_their_own(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from drawn_fields import draw_discs
 from numpy.typing import NDArray
 from predict_verb import num_masks, predict, read_summary_rows, write_fields
+from written_images import save_zarr
 
 from nuciseg.data.synthetic import SyntheticConfig, write_nucleus_folder
 from nuciseg.images import write_png
@@ -167,6 +169,28 @@ def test_one_channel_of_several(tiny_fields_run: Path, tmp_path: Path) -> None:
         out = tmp_path / channel
         assert predict("--checkpoint", tiny_fields_run, path, "--channel", channel, "--out", out) == 0
         assert num_masks(out / "channels_masks.tif") == pytest.approx(num_nuclei, abs=2)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_one_image_of_an_ome_zarr_of_several(
+    tiny_fields_run: Path, tmp_path: Path, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several, out = tmp_path / "several.zarr", tmp_path / "out"
+    zarr.open_group(several, mode="w", zarr_format=2 if version == "0.4" else 3)
+    for name in ("0", "1"):
+        save_zarr(several / name, FIELD_HW, "yx", version)
+    zarr.consolidate_metadata(several)
+    words = ["--checkpoint", tiny_fields_run, "--out", out]
+    assert predict(*words, several) == 2
+    assert f"give the folder of one image, such as {several / '0'} where" in capsys.readouterr().err
+    assert predict(*words, several / "0") == 0
+    assert predict(*words, several / "0", "--resume") == 0
+    assert "1 of 1 images were finished before" in capsys.readouterr().out
+    assert num_masks(out / "several_0_masks.tif") == pytest.approx(NUM_NUCLEI, abs=2)
+    several.rename(tmp_path / "several")
+    assert predict(*words, tmp_path / "several") == 0
+    assert {path.name for path in out.glob("?_masks.tif")} == {"0_masks.tif", "1_masks.tif"}
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64, ">u2", np.int16])
