@@ -106,10 +106,19 @@ class Predictor:
             )
 
 
-@lru_cache(maxsize=2)
 def loaded_predictor(checkpoint: Path) -> Predictor:
-    """The predictor of `checkpoint` on the first GPU or the CPU, kept in memory. Raises CheckpointError."""
-    return Predictor.load(checkpoint, local_device())
+    """The predictor of `checkpoint` on the first GPU or the CPU, kept in memory as long as its files stay as they are.
+
+    Raises CheckpointError.
+    """
+    folder = find_checkpoint(checkpoint).resolve()
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return _loaded_predictor(folder, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files))
+
+
+@lru_cache(maxsize=2)
+def _loaded_predictor(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Predictor:
+    return Predictor.load(folder, local_device())
 
 
 def refuse_unusable(image_HW: NDArray[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,12 @@ import nuciseg
 import nuciseg.predict
 from nuciseg.data.cutting import CutSettings, cut_field
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, draw_field
-from nuciseg.engine.checkpoint import load_checkpoint
+from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.datasets import open_samples, open_training_set
 from nuciseg.engine.fields import ArrayPixels
 from nuciseg.engine.files import Diameter, Request, predict_file
 from nuciseg.engine.inference import predict_instances
-from nuciseg.engine.prediction import Predictor, looks_cut_out
+from nuciseg.engine.prediction import Predictor, loaded_predictor, looks_cut_out
 from nuciseg.errors import CheckpointError, ConfigError, DataError, ResourceError
 from nuciseg.types import Diameters
 
@@ -190,6 +191,20 @@ def test_the_function_finds_what_the_network_does(tiny_fields_run: Path) -> None
         assert np.array_equal(nuciseg.predict(same, checkpoint=str(tiny_fields_run)).labels_HW, found.labels_HW)
     named = nuciseg.predict.predict(image_HW, checkpoint=tiny_fields_run, diameter_px=18)
     assert np.array_equal(named.labels_HW, found.labels_HW)
+
+
+def test_a_network_is_kept_as_long_as_its_files_are(tiny_fields_run: Path, tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(find_checkpoint(tiny_fields_run), folder)
+    kept = loaded_predictor(folder)
+    assert loaded_predictor(tmp_path / "." / "checkpoint") is kept
+    shutil.rmtree(folder)
+    shutil.copytree(find_checkpoint(tiny_run), folder)
+    assert loaded_predictor(folder).for_clusters
+    assert not kept.for_clusters
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        loaded_predictor(folder)
 
 
 @pytest.mark.parametrize("image", [np.ones((4, 4, 3)), np.ones(4), np.ones((0, 4)), np.ones((4, 4), bool), "x.png"])
