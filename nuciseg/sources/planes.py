@@ -21,6 +21,8 @@ Projection = Literal["max", "mean"]
 
 _STACKS = {"Z": "slices", "T": "time points"}
 
+_SAMPLES = {2: ("grey", "alpha"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+
 COLOUR = "Colour was turned to grey (0.299 red + 0.587 green + 0.114 blue); --channel 0, 1 or 2 takes one colour alone."
 
 
@@ -136,8 +138,8 @@ def choose_plane(path: Path, stored: Stored, channel: int | None, plane: int | P
     index: list[int | slice] = [0] * len(axes)
     if is_colour:
         index[samples] = slice(None)
-    if is_colour and shape[samples] > 2 and channel is not None and not channel_axes:
-        index[samples] = _channel(path, 3, ("red", "green", "blue"), channel)
+    if is_colour and channel is not None and not channel_axes:
+        index[samples] = _channel(path, shape[samples], _SAMPLES[shape[samples]], channel)
     elif channel_axes:
         index[channel_axes[0]] = _channel(path, shape[channel_axes[0]], stored.channel_names, channel)
     elif channel is not None:
@@ -159,8 +161,7 @@ def _require_image(path: Path, stored: Stored) -> None:
 
 
 def _channel(path: Path, num_channels: int, names: Iterable[str], channel: int | None) -> int:
-    listed = ", ".join(f"{number} {name}" for number, name in zip(range(num_channels), names, strict=False) if name)
-    counted = _counted("C", num_channels) + (f" ({listed})" if listed else "")
+    counted = _counted_channels(num_channels, names)
     if channel is None:
         raise DataError(
             f"{path} has {counted} where one is needed; choose it with --channel N, counted from 0 "
@@ -189,6 +190,11 @@ def _planes(path: Path, letter: str, num_planes: int, plane: int | Projection | 
     return range(plane, plane + 1)
 
 
+def _counted_channels(num_channels: int, names: Iterable[str]) -> str:
+    listed = ", ".join(f"{number} {name}" for number, name in zip(range(num_channels), names, strict=False) if name)
+    return _counted("C", num_channels) + (f" ({listed})" if listed else "")
+
+
 def _counted(letter: str, number: int) -> str:
     name = "channels" if letter in ("C", "S") else _STACKS.get(letter, "planes")
     return f"{number} {name if number > 1 else name.removesuffix('s')}" + (f" ({letter})" if letter in _STACKS else "")
@@ -198,9 +204,10 @@ def _without_alpha(path: Path, pixels_HWS: NDArray[Any]) -> NDArray[Any]:
     """Raises DataError where alpha, the last sample, hides something: nobody can say what lies below."""
     opaque = np.iinfo(pixels_HWS.dtype).max if pixels_HWS.dtype.kind in "iu" else 1
     if num_hidden := int(np.count_nonzero(pixels_HWS[..., -1] != opaque)):
+        num_samples = pixels_HWS.shape[-1]
         raise DataError(
             f"{path} has {num_hidden} transparent pixels; save it without an alpha channel, or choose one of its "
-            "colours with --channel."
+            f"{_counted_channels(num_samples, _SAMPLES[num_samples])} with --channel N."
         )
     return pixels_HWS[..., :-1]
 

@@ -213,6 +213,26 @@ def test_alpha_is_dropped_where_it_hides_nothing(tmp_path: Path, suffix: str) ->
     np.testing.assert_array_equal(whole(path, channel=1), GREY8)
 
 
+def test_a_fourth_channel_that_is_called_alpha_can_be_taken(tmp_path: Path) -> None:
+    pixels = np.dstack([RGB, GREY8])
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    for channel in range(4):
+        np.testing.assert_array_equal(whole(tmp_path / "a.tif", channel=channel), pixels[..., channel])
+    listed = r"4 channels \(0 red, 1 green, 2 blue, 3 alpha\)"
+    with pytest.raises(DataError, match=rf"no channel 4 but {listed}"):
+        whole(tmp_path / "a.tif", channel=4)
+    with pytest.raises(DataError, match=rf"transparent pixels; .* or choose one of its {listed} with --channel N"):
+        whole(tmp_path / "a.tif")
+
+
+def test_grey_beside_alpha_can_be_taken(tmp_path: Path) -> None:
+    Image.fromarray(np.dstack([GREY8, 255 - GREY8]), "LA").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(whole(tmp_path / "a.png", channel=0), GREY8)
+    np.testing.assert_array_equal(whole(tmp_path / "a.png", channel=1), 255 - GREY8)
+    with pytest.raises(DataError, match=r"transparent pixels; .* 2 channels \(0 grey, 1 alpha\) with --channel N"):
+        whole(tmp_path / "a.png")
+
+
 def test_16_bit_colour_png_is_refused_because_the_decoder_would_cut_it_to_8_bit(tmp_path: Path) -> None:
     import cv2
 
