@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--pixel-size", type=float, metavar="UM",
-        help="width of a pixel in micrometres (default: what the file says)",
+        help="side of a pixel in micrometres (default: what the file says, nothing where pixels are not square)",
     )  # fmt: skip
     parser.add_argument("--channel", type=_whole(0), metavar="N", help="which channel, from 0, where there are several")
     parser.add_argument(

@@ -44,8 +44,8 @@ class Diameter:
         """
         if self.unit == "um" and pixel_size_um is None:
             raise DataError(
-                f"{name} does not say how large a pixel is, so a diameter of {self.length:g} um means nothing there; "
-                "give --pixel-size UM, or the diameter in pixels"
+                f"{name} does not say how large a pixel is, or has pixels that are not square, so a diameter of "
+                f"{self.length:g} um means nothing there; give --pixel-size UM, or the diameter in pixels"
             )
         length_px = self.length if pixel_size_um is None or self.unit == "px" else self.length / pixel_size_um
         if length_px < LEAST_DIAMETER_PX:
@@ -89,8 +89,14 @@ def predict_file(
 
     Raises DataError for an image that cannot be used, ResourceError where the results cannot be written.
     """
-    with open_source(path, channel=request.channel, plane=request.plane, allow_large=request.allow_large) as source:
-        pixel_size_um = request.pixel_size_um or source.pixel_size_um
+    with open_source(
+        path,
+        channel=request.channel,
+        plane=request.plane,
+        pixel_size_um=request.pixel_size_um,
+        allow_large=request.allow_large,
+    ) as source:
+        pixel_size_um = source.pixel_size_um
         diameter_px = None if request.diameter is None else request.diameter.in_px(pixel_size_um, str(path))
         plan = predictor.plan(source, str(path), diameter_px, request.tile_px)
         num_open_borders = None

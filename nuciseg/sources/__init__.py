@@ -40,8 +40,8 @@ class ImageSource:
     """An open image: one grey plane, of which windows are read.
 
     `shape` is (height, width) in pixels; `dtype` uint8, uint16 or float32, the same for every window. `pixel_size_um`
-    is the width of a pixel, None where the file does not say. `notices` are sentences for the user about what was done
-    to the pixels; of an image that is read by windows they tell what is done where it applies.
+    is the side of a pixel, None where nobody says or pixels are not square. `notices` are sentences for the user about
+    what was done to the pixels; of an image that is read by windows they tell what is done where it applies.
     """
 
     path: Path
@@ -72,13 +72,19 @@ class ImageSource:
 
 @contextlib.contextmanager
 def open_source(
-    path: Path | str, *, channel: int | None = None, plane: int | Projection | None = None, allow_large: bool = False
+    path: Path | str,
+    *,
+    channel: int | None = None,
+    plane: int | Projection | None = None,
+    pixel_size_um: float | None = None,
+    allow_large: bool = False,
 ) -> Iterator[ImageSource]:
     """The image at `path`, open within a `with` block: TIFF, PNG, JPEG, OME-Zarr, and with an extra CZI, ND2 and LIF.
 
     `channel` is counted from 0; without it there must be one, or colour, which becomes grey. `plane`, along Z or T, is
-    counted from 0, too; "max" and "mean" project all planes, the mean of whole numbers rounded. `allow_large` reads an
-    image of more than a gigapixel that is not tiled, and so must be read whole.
+    counted from 0, too; "max" and "mean" project all planes, the mean of whole numbers rounded. `pixel_size_um` counts
+    more than what the file says. `allow_large` reads an image of more than a gigapixel that is not tiled, and so must
+    be read whole.
 
     Raises DataError for a file that is missing, damaged or too large, and where channel or plane are left open or are
     not there.
@@ -102,7 +108,10 @@ def open_source(
             def pixels(rows: slice, columns: slice) -> NDArray[Any]:
                 return chosen.read(rows, columns)[0]
 
-        yield ImageSource(path, (height, width), chosen.dtype, stored.pixel_size_um, notices, pixels)
+        if pixel_size_um is None:
+            pixel_size_um, said = stored.pixel_size_um()
+            notices += said
+        yield ImageSource(path, (height, width), chosen.dtype, pixel_size_um, notices, pixels)
 
 
 def _open(path: Path, allow_large: bool) -> contextlib.AbstractContextManager[Stored]:

@@ -53,20 +53,25 @@ def open_ome_zarr(path: Path) -> Stored:
     if not isinstance(pixels, zarr.Array):
         raise DataError(f"{path} holds no array {finest['path']}, its finest image; replace it with a whole one.")
     letters = "".join(str(axis["name"]).upper() for axis in axes)
-    x = letters.index("X")
-    scales = (
-        float(each["scale"][x])
+    scales = [
+        each["scale"]
         for level in (image, finest)
         for each in _get(level, "coordinateTransformations", ())
         if each["type"] == "scale"
-    )
+    ]
+
+    def size_um(letter: str) -> float | None:
+        axis = letters.index(letter)
+        return micrometres(math.prod(float(scale[axis]) for scale in scales), str(_get(axes[axis], "unit", "")))
+
     channels = _get(_get(ome, "omero", {}), "channels", ())
     return Stored(
         pixels=pixels,
         axes=letters,
         least_px=math.prod(pixels.chunks),
         channel_names=tuple(str(_get(channel, "label", "")) for channel in channels),
-        pixel_size_um=micrometres(math.prod(scales), str(_get(axes[x], "unit", ""))),
+        pixel_width_um=size_um("X"),
+        pixel_height_um=size_um("Y"),
     )
 
 

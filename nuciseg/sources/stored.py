@@ -20,6 +20,8 @@ WHOLE_PX = 2**26
 # What must be decoded in one go beyond this size fills the memory of a common computer: the user has to allow it.
 MAX_WHOLE_PX = 10**9
 
+_UNEQUAL = 0.01  # relative; less comes of rounding, and hardly changes an area
+
 _UM_PER_UNIT = {
     **dict.fromkeys(("µm", "μm", "um", "micron", "microns", "micrometer", r"\u00B5m"), 1.0),
     **dict.fromkeys(("nm", "nanometer"), 1e-3),
@@ -54,7 +56,21 @@ class Stored:
     axes: str
     least_px: int
     channel_names: tuple[str, ...] = ()
-    pixel_size_um: float | None = None
+    pixel_width_um: float | None = None
+    pixel_height_um: float | None = None
+
+    def pixel_size_um(self) -> tuple[float | None, tuple[str, ...]]:
+        """The side of a pixel, and what has to be said where there is none because pixels are not square.
+
+        Where nothing is said of their height they are taken for square.
+        """
+        width, height = self.pixel_width_um, self.pixel_height_um
+        if width is None or height is None or abs(width - height) <= _UNEQUAL * width:
+            return width, ()
+        return None, (
+            f"Pixels are {width:.4g} um wide and {height:.4g} um high, so nothing is given in um; --pixel-size UM "
+            "takes them for square.",
+        )
 
 
 def refuse_large(path: Path, num_px: int, allow_large: bool) -> None:

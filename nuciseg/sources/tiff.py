@@ -28,8 +28,8 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 _BESIDES_THE_SLIDE = {"thumbnail", "label", "macro"}
 _COLOURS = (2, 6)  # TIFF 6.0 tag 262: RGB; YCbCr, which tifffile decodes to RGB
 _ALPHA = ((1,), (2,))  # TIFF 6.0 tag 338
-# Programs fill in a resolution for printing, such as 72 dpi (353 um), where they know none.
-_PLAUSIBLE_UM = (0.01, 100)
+# Programs fill in a resolution for printing, such as 72 dpi (353 um) or 300 (85 um), where they know none.
+_PLAUSIBLE_UM = (0.01, 10)
 
 
 @contextlib.contextmanager
@@ -41,12 +41,14 @@ def open_tiff(path: Path) -> Iterator[Stored]:
         page = series.keyframe
         is_colour = page.photometric in _COLOURS or (page.samplesperpixel == 2 and page.extrasamples in _ALPHA)
         ome = _ome_pixels(tiff, number)
+        width_um, height_um = (_pixel_size_um(tiff, page, ome, axis) for axis in "XY")
         yield Stored(
             pixels=pixels,
             axes=series.axes if is_colour else series.axes.replace("S", "C"),
             least_px=least_px,
             channel_names=tuple(each.get("Name", "") for each in ome.findall("{*}Channel")) if ome is not None else (),
-            pixel_size_um=_pixel_size_um(tiff, page, ome),
+            pixel_width_um=width_um,
+            pixel_height_um=height_um,
         )
 
 
@@ -96,10 +98,10 @@ def _ome_pixels(tiff: Any, number: int) -> ElementTree.Element | None:
     return images[number] if number < len(images) else None
 
 
-def _pixel_size_um(tiff: Any, page: Any, ome: ElementTree.Element | None) -> float | None:
+def _pixel_size_um(tiff: Any, page: Any, ome: ElementTree.Element | None, axis: str) -> float | None:
     if ome is not None:
-        return micrometres(float(ome.get("PhysicalSizeX", "nan")), ome.get("PhysicalSizeXUnit", "µm"))
-    pixels, units = page.tags.valueof("XResolution", default=(0, 0))
+        return micrometres(float(ome.get(f"PhysicalSize{axis}", "nan")), ome.get(f"PhysicalSize{axis}Unit", "µm"))
+    pixels, units = page.tags.valueof(f"{axis}Resolution", default=(0, 0))
     if not pixels or not units:
         return None
     if tiff.is_imagej:

@@ -29,5 +29,6 @@ def open_vendor(path: Path) -> Stored:
         axes=image.dims.order,
         least_px=math.prod(pixels.chunksize),
         channel_names=tuple(map(str, image.channel_names or ())),
-        pixel_size_um=image.physical_pixel_sizes.X or None,
+        pixel_width_um=image.physical_pixel_sizes.X or None,
+        pixel_height_um=image.physical_pixel_sizes.Y or None,
     )

@@ -250,7 +250,8 @@ def test_a_diameter_in_micrometres_needs_a_pixel_size(
     words = ["--checkpoint", tiny_fields_run, "--out", out, "--diameter", "9um"]
     assert predict(*words, unknown) == 2
     said = refused(capsys, out)
-    assert "does not say how large a pixel is, so a diameter of 9 um means nothing there; give --pixel-size UM" in said
+    assert "does not say how large a pixel is, or has" in said
+    assert "so a diameter of 9 um means nothing there; give --pixel-size UM" in said
     assert predict(*words, unknown, "--pixel-size", "0.25") == 0
     row = read_summary_rows(out)[0]
     assert (row["diameter_used_px"], row["pixel_size_um"]) == ("36.0", "0.25")

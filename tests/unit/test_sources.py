@@ -342,14 +342,48 @@ def test_a_channel_of_a_plane(tmp_path: Path) -> None:
         ({"imagej": True, "resolution": (4, 4), "metadata": {"unit": "pixel"}}, None),
         ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, 0.5),
         ({"resolution": (28, 28), "resolutionunit": "CENTIMETER"}, None),
+        ({"resolution": (118.11, 118.11), "resolutionunit": "CENTIMETER"}, None),
         ({"resolution": (20000, 20000), "resolutionunit": "INCH"}, None),
         ({}, None),
     ],
-    ids=["OME um", "OME nm", "OME", "ImageJ um", "ImageJ pixel", "cm", "a printer's cm", "inch", "nothing"],
+    ids=["OME um", "OME nm", "OME", "ImageJ um", "ImageJ pixel", "cm", "72 dpi", "300 dpi", "inch", "nothing"],
 )
 def test_pixel_size_where_the_file_says_so(tmp_path: Path, options: dict[str, Any], size_um: float | None) -> None:
     with open_source(save_tiff(tmp_path / "a.tif", GREY8, **options)) as source:
         assert source.pixel_size_um == (size_um if size_um is None else pytest.approx(size_um))
+
+
+OME_UM = {"PhysicalSizeXUnit": "µm", "PhysicalSizeYUnit": "µm"}
+
+
+def sized_files(folder: Path, height: float) -> list[Path]:
+    """Pixels 0.5 um wide and so high."""
+    unit = {"resolutionunit": "CENTIMETER"}
+    scale = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [height, 0.5]}]}]
+    return [
+        save_tiff(folder / "a.ome.tif", GREY8, metadata={"PhysicalSizeX": 0.5, "PhysicalSizeY": height, **OME_UM}),
+        save_tiff(folder / "b.tif", GREY8, imagej=True, resolution=(2, 1 / height), metadata={"unit": "um"}),
+        save_tiff(folder / "c.tif", GREY8, resolution=(20000, 10000 / height), **unit),
+        save_zarr(folder / "d.zarr", GREY8, "yx", datasets=scale),
+    ]
+
+
+def test_pixels_that_are_not_square_have_no_size(tmp_path: Path) -> None:
+    for path in sized_files(tmp_path, 0.65):
+        with open_source(path) as source:
+            assert source.pixel_size_um is None, path
+            assert source.notices == (
+                "Pixels are 0.5 um wide and 0.65 um high, so nothing is given in um; --pixel-size UM takes them for "
+                "square.",
+            )
+        with open_source(path, pixel_size_um=0.5) as source:
+            assert (source.pixel_size_um, source.notices) == (0.5, ())
+
+
+def test_a_height_that_is_rounded_otherwise_is_the_same(tmp_path: Path) -> None:
+    for path in sized_files(tmp_path, 0.504):
+        with open_source(path) as source:
+            assert (source.pixel_size_um, source.notices) == (pytest.approx(0.5), ())
 
 
 # Microscope makers' formats
