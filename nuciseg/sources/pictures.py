@@ -23,8 +23,10 @@ def open_picture(path: Path, allow_large: bool) -> Stored:
     with _any_size():
         with Image.open(path) as picture:  # reads no more than the header
             num_px = picture.width * picture.height
+            # A pixel of PNG may be one bit. A blank WebP, for one, takes a few bytes whatever its size.
+            least_bytes = num_px // 8 if picture.format in ("PNG", "JPEG") else 0
             mode = "RGB" if picture.mode in _TO_RGB else None
-        if num_px > MAX_COMPRESSION * path.stat().st_size:
+        if least_bytes > MAX_COMPRESSION * path.stat().st_size:
             raise missing_pixels(path)
         refuse_large(path, num_px, allow_large)
         pixels: Any = np.asarray(iio.imread(path, plugin="pillow", index=0, mode=mode))

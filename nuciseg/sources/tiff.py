@@ -27,6 +27,9 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 # Pictures that scanners add to a slide, under the names that tifffile gives them.
 _BESIDES_THE_SLIDE = {"thumbnail", "label", "macro"}
 _COLOURS = (2, 6)  # TIFF 6.0 tag 262: RGB; YCbCr, which tifffile decodes to RGB
+# TIFF 6.0 tag 259: LZW, JPEG, deflate, PackBits, old deflate. Of others, such as Zstandard, a blank image of any size
+# takes a few bytes; `refuse_large` alone keeps those from filling the memory.
+_BOUNDED_COMPRESSIONS = (5, 7, 8, 32773, 32946)
 _ALPHA = ((1,), (2,))  # TIFF 6.0 tag 338
 # Programs fill in a resolution for printing, such as 72 dpi (353 um) or 300 (85 um), where they know none.
 _PLAUSIBLE_UM = (0.01, 10)
@@ -83,7 +86,8 @@ def _pixels(path: Path, tiff: Any, series: Any) -> tuple[Pixels, int]:
         raise missing_pixels(path)
     by_parts = page.is_tiled or page.compression == 1
     least_px = math.prod(page.chunks if by_parts else page.shape) // page.samplesperpixel
-    if (least_px > WHOLE_PX or not by_parts) and page.nbytes > MAX_COMPRESSION * size_bytes:
+    claimed_bits = page.size * page.bitspersample if page.compression in _BOUNDED_COMPRESSIONS else 0
+    if (least_px > WHOLE_PX or not by_parts) and claimed_bits > 8 * MAX_COMPRESSION * size_bytes:
         raise missing_pixels(path)
     import zarr
 

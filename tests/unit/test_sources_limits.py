@@ -185,6 +185,37 @@ def test_a_header_that_claims_much_more_than_the_file_can_hold_is_damaged(tmp_pa
             whole(tmp_path / name, allow_large=True)
 
 
+@pytest.mark.parametrize("compression", ["zstd", "lzma", "zlib", "lzw", "jpeg2000"])
+@pytest.mark.parametrize("bits", [1, 8])
+def test_a_blank_image_is_none_that_is_damaged(tmp_path: Path, compression: str, bits: int) -> None:
+    """Codecs without a bound to their ratio take hardly more than the header, and a pixel may be one bit."""
+    if (bits, compression) == (1, "jpeg2000"):
+        pytest.skip("it has no pixels of one bit")
+    pixels = np.zeros((2000, 2000), bool if bits == 1 else np.uint8)
+    path = save_tiff(tmp_path / "a.tif", pixels, compression=compression, rowsperstrip=2000, metadata=None)
+    assert not whole(path).any()
+
+
+def test_a_blank_picture_is_none_that_is_damaged(tmp_path: Path) -> None:
+    blank = Image.new("1", (2000, 2000))
+    blank.save(tmp_path / "a.tif", compression="group4")
+    blank.save(tmp_path / "a.png")
+    blank.convert("L").save(tmp_path / "a.webp", lossless=True)
+    for suffix in ("tif", "png", "webp"):
+        assert not whole(tmp_path / f"a.{suffix}").any()
+
+
+@pytest.mark.parametrize("options", [{"compression": "zstd"}, {"compression": "lzma"}])
+def test_a_blank_image_of_gigapixels_has_to_be_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(stored, "MAX_WHOLE_PX", 2000**2 - 1)
+    path = save_tiff(tmp_path / "a.tif", np.zeros((2000, 2000), np.uint8), rowsperstrip=2000, **options)
+    with pytest.raises(DataError, match=r"gigapixels that can only be read whole; .*--allow-large"):
+        whole(path)
+    assert not whole(path, allow_large=True).any()
+
+
 def test_a_png_beyond_the_limit_of_the_decoder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     iio.imwrite(tmp_path / "a.png", GREY8)
