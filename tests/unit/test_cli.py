@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +49,21 @@ def test_success_exits_with_0() -> None:
     with pytest.raises(SystemExit) as exit_:
         run_verb(lambda: None)
     assert exit_.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-8:strict", b"z\\udce9ro \xc3\xa9"),
+        ("ascii:strict", b"z\\udce9ro \\xe9"),
+        ("utf-8:surrogateescape", b"z\xe9ro \xc3\xa9"),
+    ],
+)
+def test_a_file_name_that_is_no_text_can_be_printed(encoding: str, said: bytes) -> None:
+    code = r"from nuciseg.cli import run_verb; run_verb(lambda: print('z\udce9ro \xe9'))"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, said), done.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_the_verb_quietly() -> None:
