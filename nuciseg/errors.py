@@ -7,7 +7,7 @@ NucisegError
 ├── ResourceError       more workers or GPUs than there are; no space, no permission
 │   └── StorageAwayError     a bucket does not answer; it may later
 ├── LimitReachedError   a search ended at its bound of hours or disk; what it found is kept, and it can go on
-├── StoppedError        a run or search was asked to end (SIGTERM); it can go on from its checkpoints
+├── StoppedError        a run, search or batch was asked to end (SIGTERM); it can go on from what it has
 └── TrainingError       training cannot go on
     ├── NonFiniteLossError   the loss became NaN or infinite
     └── OutOfMemoryError     the batch does not fit
@@ -56,7 +56,7 @@ class LimitReachedError(NucisegError):
 
 
 class StoppedError(NucisegError):
-    """A run was asked to end before it was over."""
+    """A run, or a batch of images, was asked to end before it was over."""
 
     exit_code = 143  # as shells have it: 128 + SIGTERM
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nuciseg.cli import Parser, folder_or_bucket, run_verb
 from nuciseg.engine.shipped import describe_shipped
-from nuciseg.errors import ConfigError, DataError
+from nuciseg.errors import ConfigError, DataError, StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths, left_out = expand_inputs(args.input, args.out)
     _refuse_to_overwrite(paths, request)
 
+    from nuciseg.distributed.failures import sigterm_raises
     from nuciseg.distributed.mirror import fetched_checkpoint
     from nuciseg.engine.batch import Batch, settings_of
     from nuciseg.images import require_writable
@@ -79,15 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(pending) < len(paths):
         print(f"{len(paths) - len(pending)} of {len(paths)} images were finished before")
     doubtful = 0
-    try:
-        with contextlib.closing(_predicted(pending, checkpoint, request, args.workers)) as results:
-            for result in results:
-                batch.add(result.row)
-                doubtful += bool(result.num_open_borders)
-                if result.row.summary is not None or len(paths) > 1:
-                    _say(result)
-    finally:
-        batch.save()
+    with sigterm_raises(StoppedError("asked to stop; what was finished is kept, and --resume goes on")):
+        try:
+            with contextlib.closing(_predicted(pending, checkpoint, request, args.workers)) as results:
+                for result in results:
+                    batch.add(result.row)
+                    doubtful += bool(result.num_open_borders)
+                    if result.row.summary is not None or len(paths) > 1:
+                        _say(result)
+        finally:
+            batch.save()
     rows = batch.rows()
     done = [row.summary for row in rows if row.summary is not None]
     num_nuclei = sum(summary.num_nuclei for summary in done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -84,7 +85,9 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
     from nuciseg.distributed.cluster import Need, connect, require_room
     from nuciseg.distributed.storage import require_everywhere, require_shared
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     connect(verbose=False)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process before a sentence is said
     need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
     require_room(num_workers, need, "--workers", "give fewer, or add nodes")
     require_shared(request.out, "--out")

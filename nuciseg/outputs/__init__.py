@@ -172,15 +172,19 @@ def open_outputs(
                 "name of the image"
             )
         scratch = tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder, ignore_cleanup_errors=True)
-    with scratch as scratch_name:
-        outputs = Outputs(folder, shape, pixel_size_um)
-        try:
-            with writing(folder):
-                outputs._open_writers(wanted, Path(scratch_name), stem)
-            yield outputs
-            outputs._publish(Path(scratch_name))
-        finally:
-            outputs._close()
+    try:
+        with scratch as scratch_name:
+            outputs = Outputs(folder, shape, pixel_size_um)
+            try:
+                with writing(folder):
+                    outputs._open_writers(wanted, Path(scratch_name), stem)
+                yield outputs
+                outputs._publish(Path(scratch_name))
+            finally:
+                outputs._close()
+    except KeyboardInterrupt:
+        scratch.cleanup()  # it may have come while that went on
+        raise
 
 
 def _num_bytes(name: str) -> int:

@@ -222,7 +222,13 @@ def test_images_that_were_moved_with_their_results_are_the_same(
     assert snapshot(Path("out")) == complete
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
+ENDS = {
+    signal.SIGINT: (INTERRUPTED, "nuciseg: interrupted; what was finished is kept\n"),
+    signal.SIGTERM: (143, "nuciseg: asked to stop; what was finished is kept, and --resume goes on\n"),
+}
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda by: by.name)
 def test_an_interrupted_batch_goes_on(by: signal.Signals, tiny_fields_run: Path, tmp_path: Path) -> None:
     paths = write_fields(tmp_path / "many", 12, side_px=400)
     out = tmp_path / "out"
@@ -245,9 +251,8 @@ def test_an_interrupted_batch_goes_on(by: signal.Signals, tiny_fields_run: Path,
     whole = sorted(out.glob("*_masks.tif"))
     assert 2 <= len(whole) < 12, errors
     rows = read_summary_rows(out)
-    if by == signal.SIGINT:
-        assert process.returncode == INTERRUPTED
-        assert errors == "nuciseg: interrupted; what was finished is kept\n"
+    if by in ENDS:
+        assert (process.returncode, errors) == ENDS[by]
         assert not list(out.glob(".*")), "no temporary files"
         assert len(whole) - 1 <= len(rows) <= len(whole)
         assert len(said.splitlines()) == len(rows)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -285,6 +286,21 @@ def test_files_appear_at_the_end_and_replace_older_ones(tmp_path: Path, drawn: D
         assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == ["a_measurements.csv"]
         assert (tmp_path / "a_measurements.csv").read_text() == "old"
     assert len(_table(tmp_path / "a_measurements.csv")) == drawn.num_nuclei
+
+
+def test_an_interruption_at_the_very_end_leaves_nothing_hidden(
+    tmp_path: Path, drawn: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(*args: object, **options: object) -> None:
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [drawn.whole()], drawn.labels_HW.shape)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
