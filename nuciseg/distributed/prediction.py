@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -87,7 +88,8 @@ def _by_actors(paths: Sequence[Path], checkpoint: Path, request: Request, num_wo
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     connect(verbose=False)
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process before a sentence is said
+    if threading.current_thread() is threading.main_thread():  # else neither Ray nor we may set it
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process before a sentence is said
     need = Need(cpus=1, gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
     require_room(num_workers, need, "--workers", "give fewer, or add nodes")
     require_shared(request.out, "--out")
