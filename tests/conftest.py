@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before torch, ray, wandb and albumentations are imported here or in any process that a test starts.
@@ -22,6 +23,10 @@ os.environ.update(
     NO_ALBUMENTATIONS_UPDATE="1",
 )
 os.environ.pop("WANDB_API_KEY", None)
+
+# An example that takes long says nothing on a machine that does other work beside.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 NUM_LOGICAL_CPUS = 4  # Ray schedules by this number, not by cores: enough for two trials of two workers anywhere
 

@@ -54,7 +54,7 @@ def test_ignored_pixels_are_no_edge_and_taught_nothing() -> None:
     assert maps_KHW[2, 20, 21] == pytest.approx(1, abs=0.01)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), num_nuclei=st.integers(1, 12))
 @example(seed=0, num_nuclei=7)  # a small nucleus beside a large one
 def test_true_maps_give_the_nuclei_back(seed: int, num_nuclei: int) -> None:
@@ -128,7 +128,7 @@ def test_nuclei_grow_within_their_own_foreground_alone() -> None:
     assert found_HW.max() == 2
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
 def test_a_part_decodes_as_the_whole_does_where_it_holds_nuclei_whole(seed: int) -> None:
     labels_HW = draw_field(seed, 14, 160)

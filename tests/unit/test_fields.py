@@ -160,7 +160,7 @@ def test_sizes_within_what_the_network_knows_are_not_rescaled() -> None:
     assert (wider.low_px, wider.typical_px, wider.high_px) == pytest.approx((10 / 1.2, 20, 40))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 1000))
 def test_windows_do_not_depend_on_the_type_of_the_pixels(seed: int) -> None:
     image_HW, _ = draw_discs((300, 300), 20, seed=seed)

@@ -150,7 +150,7 @@ def test_training_opens_it(root: Path) -> None:
     assert all(sample.labels_HW.max() == 2 for sample in samples)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.sets(st.text("abm_-1 .", min_size=1, max_size=6).filter(lambda name: name.strip(" .")), min_size=1),
     ending=st.sampled_from(["_masks", "_cp_masks"]),

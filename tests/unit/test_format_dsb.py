@@ -118,7 +118,7 @@ def test_a_pixel_of_several_masks_belongs_to_the_smallest(place: Path) -> None:
     assert [labels_HW[5, column] for column in (3, 4, 7, 8, 9, 10, 13, 14)] == [1, 2, 2, 3, 3, 3, 3, 1]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(masks=st.lists(hnp.arrays(bool, (4, 5)).filter(np.any), min_size=1, max_size=5))
 def test_each_pixel_has_one_of_its_own_masks_and_no_nucleus_is_lost(tmp_path: Path, masks: list[np.ndarray]) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(len(masks))]

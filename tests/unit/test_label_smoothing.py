@@ -33,7 +33,7 @@ def two_with_a_jagged_line() -> Labels:
     return np.where(np.hypot(x - 40, y - 40) < 35, labels_HW, 0).astype(np.int32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     num_nuclei=st.integers(1, 40),

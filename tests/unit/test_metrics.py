@@ -42,7 +42,7 @@ def brute_force_pairs(predicted: Labels, true: Labels, percent: int) -> tuple[in
     return best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(true=small_labels, predicted=small_labels, kept=st.floats(0, 1), seed=st.integers(0, 99))
 def test_matching_agrees_with_trying_every_assignment(true: Labels, predicted: Labels, kept: float, seed: int) -> None:
     same = np.random.default_rng(seed).random(true.shape) < kept  # makes high IoUs likely
@@ -55,7 +55,7 @@ def test_matching_agrees_with_trying_every_assignment(true: Labels, predicted: L
 
 
 @pytest.mark.skipif(find_spec("stardist") is None, reason="stardist is not installed")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs=st.lists(st.tuples(small_labels, small_labels, st.integers(0, 9)), min_size=1, max_size=4))
 def test_agrees_with_stardist(pairs: list[tuple[Labels, Labels, int]]) -> None:
     matching = pytest.importorskip("stardist.matching", exc_type=ImportError)
@@ -75,7 +75,7 @@ def test_agrees_with_stardist(pairs: list[tuple[Labels, Labels, int]]) -> None:
             assert summary.summary()["mean_matched_iou"] == pytest.approx(theirs[0].mean_matched_score, abs=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(pairs=st.lists(st.tuples(small_labels, small_labels), max_size=8), seed=st.integers(0, 99))
 def test_one_and_three_shards_give_the_same_to_the_last_digit(pairs: list[tuple[Labels, Labels]], seed: int) -> None:
     images = [score(p, t, id=str(i)) for i, (p, t) in enumerate(pairs)]

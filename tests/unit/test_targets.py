@@ -56,7 +56,7 @@ def same_nuclei(predicted: Labels, true: Labels) -> bool:
 
 
 @both_targets
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), num_nuclei=st.integers(1, 6), width_px=st.integers(2, 5))
 def test_decoding_returns_the_labels_up_to_the_border(
     config: AnyConfig, seed: int, num_nuclei: int, width_px: int
@@ -348,7 +348,7 @@ def test_labels_without_any_border_are_not_softened(config: AnyConfig) -> None:
 
 
 @both_targets
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), num_nuclei=st.integers(1, 6))
 def test_soft_and_smooth_maps_decode_to_the_same_nuclei(config: AnyConfig, seed: int, num_nuclei: int) -> None:
     labels_HW = draw_labels(seed, num_nuclei)

@@ -34,7 +34,7 @@ def write_list(folder: Path, *lines: str) -> Path:
     return path
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(groups=st.lists(st.integers(0, 9), min_size=2, max_size=40), data=st.data())
 def test_exactly_the_named_images_are_held_out_or_the_list_is_refused(
     tmp_path: Path, groups: list[int], data: st.DataObject
