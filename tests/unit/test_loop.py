@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,18 +67,22 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_last_bit(changes: dict[str,
     assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
 
 
-def _train_slowly(config: Config, run_dir: Path) -> None:
-    """Trains with a pause before each step, and says in which step it is."""
+MIDDLE_OF_EPOCH_3 = 2 * 4 + 2
+
+
+def _train_until_killed(config: Config, run_dir: Path) -> None:
+    """Trains to the middle of the third epoch, says so, and waits for its end there."""
     torch.set_num_threads(1)
     data = open_data(config)
     store = CheckpointStore(run_dir)
     trainer = Trainer(config, data, Place(), store)
 
-    def pause(module: torch.nn.Module, arguments: Any) -> None:
-        (run_dir / "step").write_text(str(trainer.progress.step))
-        time.sleep(0.2)
+    def hold(module: torch.nn.Module, arguments: Any) -> None:
+        if trainer.progress.step == MIDDLE_OF_EPOCH_3:
+            (run_dir / "held").touch()
+            threading.Event().wait()
 
-    trainer.network.model.register_forward_pre_hook(pause)
+    trainer.network.model.register_forward_pre_hook(hold)
     while not trainer.finished:
         trainer.run_epoch()
 
@@ -88,13 +92,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_from_its_last_checkpoint_as_if_undist
     run(config, tmp_path / "undisturbed")
     killed = tmp_path / "killed"
     killed.mkdir()
-    process = SPAWN.Process(target=_train_slowly, args=(config, killed))
+    process = SPAWN.Process(target=_train_until_killed, args=(config, killed))
     process.start()
-    middle_of_epoch_3 = 2 * 4 + 2
-    wait_until(
-        lambda: (killed / "step").exists() and (killed / "step").read_text() == str(middle_of_epoch_3),
-        "the third epoch",
-    )
+    wait_until((killed / "held").exists, "the third epoch")
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
