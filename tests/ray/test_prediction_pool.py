@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -36,6 +37,26 @@ def _places_are_free_again() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fields(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_fields(tmp_path_factory.mktemp("batch"), 5)
+
+
+def send(pid: int, signal_: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended since it was seen
+        os.kill(pid, signal_)
+
+
+def kill_within_an_image(out: Path, at_most: int) -> None:
+    """SIGKILL to so many of the pool's two processes at a moment when each has an image in work."""
+
+    def are_killed() -> bool:
+        pids = sorted(actor_pids())
+        for pid in pids:
+            send(pid, signal.SIGSTOP)
+        within = len(pids) == len(list(out.glob(".field_*.tmp"))) == 2
+        for number, pid in enumerate(pids):
+            send(pid, signal.SIGKILL if within and number < at_most else signal.SIGCONT)
+        return within
+
+    wait_until(are_killed, "processes within an image", limit_s=120)
 
 
 def files_in(out: Path) -> dict[str, bytes]:
@@ -89,7 +110,7 @@ def test_a_pool_writes_what_one_process_writes(
 
 def test_results_come_as_they_are_finished(tiny_fields_run: Path, fields: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    paths = write_fields(tmp_path / "many", 8, side_px=300)
+    paths = write_fields(tmp_path / "many", 24, side_px=300)
     results = predict_files(paths, find_checkpoint(tiny_fields_run), Request(("masks",), out), num_workers=2)
     next(results)
     assert len(list(out.glob("*_masks.tif"))) < len(paths), "the first result is there before the last image is done"
@@ -118,19 +139,11 @@ def test_more_workers_than_room_is_one_sentence(
 def test_an_actor_that_is_killed_is_started_again(
     tiny_fields_run: Path, tmp_path: Path, killer: Callable[[Callable[[], None]], None]
 ) -> None:
-    paths = write_fields(tmp_path / "many", 12, side_px=300)
+    paths = write_fields(tmp_path / "many", 12, side_px=600)
     out = tmp_path / "out"
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        wait_until(lambda: bool(list(out.glob("*_masks.tif"))), "a finished image", limit_s=120)
-        killed.append(min(actor_pids()))
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer(kill_one)
+    killer(lambda: kill_within_an_image(out, at_most=1))
     request = Request(("masks", "measurements"), out)
     found = list(predict_files(paths, find_checkpoint(tiny_fields_run), request, num_workers=2))
-    assert killed
     assert sorted(result.row.file for result in found) == [str(path) for path in paths]
     assert all(result.row.summary is not None for result in found)
     alone = Request(request.outputs, tmp_path / "alone")
@@ -149,16 +162,7 @@ def test_a_pool_whose_processes_die_ends_with_a_sentence(
     paths = write_fields(tmp_path / "many", 12, side_px=600)
     out = tmp_path / "out"
 
-    def are_stopped_within_an_image() -> bool:
-        pids = actor_pids()
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        within = bool(list(out.glob(".*.tmp")))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL if within else signal.SIGCONT)
-        return within
-
-    killer(lambda: wait_until(are_stopped_within_an_image, "a process within an image", limit_s=120))
+    killer(lambda: kill_within_an_image(out, at_most=2))
     request = Request(("masks",), out)
     with pytest.raises(ResourceError, match=r"a process that predicted ended 1 times on one image.* fewer --workers"):
         list(predict_files(paths, find_checkpoint(tiny_fields_run), request, num_workers=2))
