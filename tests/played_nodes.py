@@ -149,8 +149,12 @@ def node_without(folder: Path, address: str) -> Iterator[None]:
     try:
         yield
     finally:
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         node.terminate()
-        node.wait(30)
+        for process in psutil.wait_procs(family, timeout=30)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
         reset_ray_address()
 
 
