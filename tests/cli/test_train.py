@@ -162,7 +162,7 @@ def test_a_killed_run_is_resumed_as_if_undisturbed(truncated: bool, capsys: pyte
 
 def test_a_run_that_is_told_to_go_keeps_the_epoch_that_it_is_in() -> None:
     words = ("--config", "small.yaml", "--data.synthetic.num_train", "200", "--data.batch_size", "1")
-    words = (*words, "--train.epochs", "3")
+    words = (*words, "--train.epochs", "6")
     with subprocess.Popen(
         [*COMMAND, *words, "--run.name", "told"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -175,7 +175,7 @@ def test_a_run_that_is_told_to_go_keeps_the_epoch_that_it_is_in() -> None:
     resume = f"go on with --resume {Path('runs/told').resolve()}"
     assert said == f"nuciseg: asked to stop in epoch {kept.epoch + 1}, after a checkpoint; {resume}\n"
     assert answer("--resume", "runs/told") == 0
-    assert logged_epochs(Path("runs/told")) == [1, 2, 3]
+    assert logged_epochs(Path("runs/told")) == [1, 2, 3, 4, 5, 6]
     assert answer(*words, "--run.name", "undisturbed") == 0
     assert_same_run(Path("runs/told"), Path("runs/undisturbed"))
 
