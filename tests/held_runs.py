@@ -39,6 +39,7 @@ def held(work: Callable[..., Any], step_s: float) -> Callable[..., Any]:
         finally:
             Trainer._step = step  # type: ignore[method-assign]
 
+    working.__name__ = work.__name__  # Tune takes a search up again only with a function of the same name
     return working
 
 

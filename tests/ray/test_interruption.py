@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from played_nodes import HELD_RUNS, await_held, hold, release
 from ray.tune.search.optuna import OptunaSearch
 from small_runs import (
     QUICK_TO_LEARN,
@@ -32,6 +34,7 @@ from wandb_offline import assert_one_wandb_run, read_offline_runs
 
 from nuciseg.cli import INTERRUPTED
 from nuciseg.config import load_config, merged
+from nuciseg.distributed.failures import STOP_FILE
 from nuciseg.distributed.trials import RESULTS_FILE
 from nuciseg.distributed.worker import FINISHED_FILE
 from nuciseg.errors import StoppedError
@@ -39,6 +42,7 @@ from nuciseg.errors import StoppedError
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_EPOCHS = 10
+LAST_EPOCH = 24 * (NUM_EPOCHS - 1)  # its first step: 48 images are 24 batches
 SEARCH = {
     "train": {"epochs": NUM_EPOCHS},
     "scale": {"cpus_per_worker": 1},
@@ -54,12 +58,16 @@ SEARCH = {
 
 
 class Driver:
-    """`python -m nuciseg.VERB` as a process whose own processes can be told from those of any other."""
+    """`python -m nuciseg.VERB` as a process whose own processes can be told from those of any other.
 
-    def __init__(self, folder: Path, verb: str, *words: str) -> None:
+    Where it `can_hold`, its steps wait where they are told to by `hold`.
+    """
+
+    def __init__(self, folder: Path, verb: str, *words: str, can_hold: bool = False) -> None:
         self.log = folder / "driver.log"
         with self.log.open("a") as log:
-            command = [sys.executable, "-m", f"nuciseg.{verb}", *words]
+            program = [str(HELD_RUNS), verb, "0"] if can_hold else ["-m", f"nuciseg.{verb}"]
+            command = [sys.executable, *program, *words]
             # Whoever runs the tests in the background ignores SIGINT, and so would all that it starts.
             self.process = psutil.Popen(
                 command,
@@ -121,13 +129,18 @@ def test_an_interrupted_search_goes_on_where_it_was(
         return [run_dir for run_dir in trial_dirs() if (run_dir / FINISHED_FILE).exists()]
 
     def running() -> list[Path]:
-        """With enough epochs to go that they do not end while the driver does."""
-        return [run_dir for run_dir in trial_dirs() if 2 <= len(logged_epochs(run_dir)) <= NUM_EPOCHS // 2]
+        return [run_dir for run_dir in trial_dirs() if run_dir not in finished() and len(logged_epochs(run_dir)) >= 2]
 
-    drivers.append(Driver(tmp_path, "tune", "--config", "search.yaml"))
+    def in_their_first_half() -> list[Path]:
+        return [run_dir for run_dir in running() if len(logged_epochs(run_dir)) <= NUM_EPOCHS // 2]
+
+    drivers.append(Driver(tmp_path, "tune", "--config", "search.yaml", can_hold=True))
     wait_until(
-        lambda: bool(finished() and running()) or not drivers[0].process.is_running(), "a finished and a running trial"
+        lambda: bool(finished() and in_their_first_half()) or not drivers[0].process.is_running(),
+        "a finished and a running trial",
     )
+    for run_dir in running():
+        hold(run_dir, LAST_EPOCH)  # or it might come to its end while the driver does
     expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: INTERRUPTED, signal.SIGTERM: StoppedError.exit_code}
     assert drivers[0].interrupt(by) == expected[by]
     if by == signal.SIGTERM:
@@ -162,7 +175,8 @@ def test_an_interrupted_search_goes_on_where_it_was(
         run_dir = folder / trial["id"]
         assert logged_epochs(run_dir) == list(range(1, NUM_EPOCHS + 1))
         legs = read_offline_runs(run_dir)
-        assert {leg.run["id"] for leg in legs} == {f"search-{trial['id']}"}
+        # W&B had written nothing yet in the file of a process that was killed at once.
+        assert {leg.run["id"] for leg in legs if leg.run} == {f"search-{trial['id']}"}
         assert_one_wandb_run(run_dir)
         if run_dir in interrupted:
             calm = load_config(tmp_path / "search.yaml").replaced({**trial["sample"], "search.space": {}})
@@ -185,7 +199,7 @@ def test_an_interrupted_search_goes_on_where_it_was(
 
 def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path: Path, drivers: list[Driver]) -> None:
     of_two = {
-        "train": {"epochs": 12},
+        "train": {"epochs": 4},
         "scale": {"num_workers": 2, "cpus_per_worker": 1},
         "tracking": {"kind": "offline"},
         "run": {"storage_path": "runs"},
@@ -193,21 +207,28 @@ def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(merged(QUICK_TO_LEARN, of_two)))
     calm, stopped = (tmp_path / "runs" / name for name in ("calm", "stopped"))
 
-    def start(*words: str) -> Driver:
-        drivers.append(Driver(tmp_path, "train", *words))
+    def start(*words: str, can_hold: bool = False) -> Driver:
+        drivers.append(Driver(tmp_path, "train", *words, can_hold=can_hold))
         return drivers[-1]
 
+    def release_when_asked_to_end() -> None:
+        wait_until((stopped / STOP_FILE).exists, "what the workers are told by")
+        release(stopped, middle_of_epoch_3)
+
     assert start("--config", "run.yaml", "--run.name", "calm").process.wait(timeout=200) == 0
-    driver = start("--config", "run.yaml", "--run.name", "stopped")
-    wait_until(lambda: len(logged_epochs(stopped)) >= 2 or not driver.process.is_running(), "two epochs")
+    middle_of_epoch_3 = 2 * 24 + 12
+    hold(stopped, middle_of_epoch_3)  # or the run might come to its end before its driver tells it
+    driver = start("--config", "run.yaml", "--run.name", "stopped", can_hold=True)
+    await_held(stopped, middle_of_epoch_3)
+    threading.Thread(target=release_when_asked_to_end, daemon=True).start()
     assert driver.interrupt(signal.SIGTERM) == StoppedError.exit_code, driver.log.read_text()
     last = driver.log.read_text().splitlines()[-1]
     assert re.fullmatch(
         r"nuciseg: asked to stop in epoch \d+, after a checkpoint; go on with --resume \S*runs/stopped", last
     )
-    assert len(logged_epochs(stopped)) < 12
+    assert logged_epochs(stopped) == [1, 2]
     assert start("--resume", "runs/stopped").process.wait(timeout=200) == 0
-    assert logged_epochs(stopped) == list(range(1, 13))
+    assert logged_epochs(stopped) == [1, 2, 3, 4]
     assert_one_wandb_run(stopped)
     found, expected = last_checkpoint(stopped), last_checkpoint(calm)
     for mine, theirs in ((found.weights, expected.weights), (found.training, expected.training)):
