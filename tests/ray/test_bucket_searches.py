@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from gcs_server import serving_gcs
+from played_nodes import HELD_RUNS
 from s3_server import make_bucket, serving_s3, use_server
 from small_runs import SMALL, last_checkpoint
 
@@ -56,12 +57,16 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a verb on a machine of its own: its cache is a folder of the name that is given first, so is its log."""
+    """Starts a verb on a machine of its own: its cache is a folder of the name that is given first, so is its log.
+
+    A step takes `step_s` longer.
+    """
     started: list[psutil.Popen] = []
 
-    def start_verb(machine: str, verb: str, *words: str) -> psutil.Popen:
+    def start_verb(machine: str, verb: str, *words: str, step_s: float = 0.0) -> psutil.Popen:
         environment = {**os.environ, "NUCISEG_CACHE": str(tmp_path / machine)}
-        command = [sys.executable, "-m", f"nuciseg.{verb}", *words]
+        program = [str(HELD_RUNS), verb, str(step_s)] if step_s else ["-m", f"nuciseg.{verb}"]
+        command = [sys.executable, *program, *words]
         with (tmp_path / f"{machine}.log").open("w") as log:
             started.append(psutil.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT))
         return started[-1]
@@ -92,7 +97,8 @@ def test_a_killed_search_goes_on_from_another_machine(bucket: str, tmp_path: Pat
         logs = [name for name in names("/metrics.jsonl") if name.split("/")[0] not in finished]
         return [name for name in logs if BucketFolder(uri).read(name).count(b"\n") >= 2]
 
-    driver = start("first", "tune", "--config", "search.yaml")
+    # Of four steps an epoch: the second trial has seconds to go where it is seen to be begun.
+    driver = start("first", "tune", "--config", "search.yaml", step_s=0.3)
     while not (names(FINISHED_FILE) and running()) and driver.is_running() and driver.poll() is None:
         time.sleep(0.5)  # the server shares this process
     family = driver.children(recursive=True)
