@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.util.state import list_actors
 from small_runs import (
     figures,
     last_checkpoint,
@@ -213,18 +213,18 @@ def test_trials_of_two_workers_use_the_whole_cluster_and_free_it(
         "search.grace_epochs": 1,
         "search.reduction_factor": 2,
         "search.space": {"optim.lr": {"choice": [LEARNS, STAYS[0]]}},
-        "train.epochs": 3,
+        "train.epochs": 12,
     }
     _, trials = run_search(tmp_path / "search", **changes)
     assert len(trials) == 2
     assert all(trial.failure is None for trial in trials)
     assert [trial.sample["optim.lr"] for trial in trials] == [LEARNS, STAYS[0]]
-    assert trials[0].epochs == 3
-    assert trials[1].epochs < 3  # its workers train on for the moment until Tune has ended them
+    assert trials[0].epochs == 12
+    assert trials[1].epochs < 12  # its workers train on for the moment until Tune has ended them
     printed = capsys.readouterr().out
     number = trials[0].id.rsplit("_", 1)[-1]
-    for epoch in (1, 2, 3):
-        assert f"trial {number} running {epoch}/3 " in printed, "the scheduler did not hear of this epoch"
+    for epoch in range(1, 13):
+        assert f"trial {number} running {epoch}/12 " in printed, "the scheduler did not hear of this epoch"
     all_cpus = ray.cluster_resources()["CPU"]
     wait_until(lambda: ray.available_resources().get("CPU") == all_cpus, "the places of stopped trials", 60)
 
@@ -417,32 +417,45 @@ def test_a_trial_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
-    truncated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    truncated: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "search"
+    folder, victim = tmp_path / "search", tmp_path / "victim"
+    run_trial = search._run_trial
 
-    def running_epochs() -> dict[Path, int]:
-        return {path.parent: len(logged_epochs(path.parent)) for path in folder.glob("*/metrics.jsonl")}
+    def held(sample: dict[str, Any], plan: Any) -> None:
+        """After two epochs the trial's first process waits for its end; until Ray has named it all might be over."""
+        from nuciseg.engine.loop import Trainer
+
+        step = Trainer._step
+
+        def held_step(trainer: Any, *_: Any) -> Any:
+            if trainer.progress.epoch == 2 and not victim.exists():
+                victim.with_suffix(".part").write_text(str(os.getpid()))
+                victim.with_suffix(".part").rename(victim)
+                threading.Event().wait()
+            return step(trainer, *_)
+
+        Trainer._step = held_step  # type: ignore[method-assign]
+        run_trial(sample, plan)
+
+    monkeypatch.setattr(search, "_run_trial", held)
 
     def kill_the_trial() -> Path:
-        wait_until(lambda: any(num > 1 for num in running_epochs().values()), "two epochs of a trial")
-        actors = list_actors(address=ray.get_runtime_context().gcs_address, limit=1000)
-        [victim] = [a.pid for a in actors if a.class_name.endswith("ImplicitFunc") and a.state == "ALIVE"]
-        os.kill(victim, signal.SIGKILL)
-        [run_dir] = running_epochs()
-        if truncated:  # sooner than another process has started
+        wait_until(victim.exists, "two epochs of a trial")
+        [run_dir] = [path.parent for path in folder.glob("*/metrics.jsonl")]
+        if truncated:
             truncate_last_checkpoint(run_dir)
+        os.kill(int(victim.read_text()), signal.SIGKILL)
         return run_dir
 
-    changes = {"search.space": {"optim.lr": {"choice": [LEARNS]}}, "train.epochs": 12}
     with recovery_shown("a trial's process killed", kill_the_trial):
-        _, [trial] = run_search(folder, **changes)
+        _, [trial] = run_search(folder, **{"search.space": {"optim.lr": {"choice": [LEARNS]}}})
     said = capsys.readouterr().out
     assert " died - its process ended; it is started again " in said
     assert (
         bool(re.search(r"started; epoch-\S+ is truncated: it goes on from \S+/checkpoints/epoch-", said)) == truncated
     )
     assert trial.failure is None
-    assert logged_epochs(folder / trial.id) == list(range(1, 13))
+    assert logged_epochs(folder / trial.id) == [1, 2, 3, 4]
     first = json.loads((folder / trial.id / "metrics.jsonl").read_text().split("\n")[0])
     assert last_checkpoint(folder / trial.id).progress.history[0]["train_s"] == first["train_s"]
