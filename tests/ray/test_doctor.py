@@ -64,13 +64,13 @@ def test_what_is_wrong_is_said_and_the_rest_is_looked_at(tmp_path: Path, capsys:
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_a_worker_was_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = worker_pids(alive=False)
+    before = worker_pids()
     doctor.main(["--json", "--kill-worker", "--run.storage_path", str(tmp_path / "runs")])
     [*_, recovery] = json.loads(capsys.readouterr().out)
     assert (recovery["name"], recovery["passed"]) == ("recovery", True), recovery["said"]
     assert "the run went on under the same W&B id, logged each of 8 epochs once" in recovery["said"]
     assert not (tmp_path / "runs").exists()
-    assert len(worker_pids(alive=False) - before) == 6, "two workers of the calm run, two and two more of the other"
+    assert len(worker_pids() - before) == 6, "two workers of the calm run, two and two more of the other"
 
 
 def test_a_run_that_ends_otherwise_is_noticed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -47,10 +48,10 @@ def make_job(run_dir: Path, **changes: Any) -> Job:
     return Job(config, run_dir, RunIdentity(run_dir.name, run_dir.name, "tests", "train"))
 
 
-def worker_pids(alive: bool = True) -> set[int]:
-    """Processes of Ray Train's workers in this Ray instance."""
+def worker_pids() -> set[int]:
+    """Processes of Ray Train's workers in this Ray instance, also of those that have ended."""
     actors = list_actors(address=ray.get_runtime_context().gcs_address, limit=1000)  # of no other Ray on this machine
-    return {a.pid for a in actors if a.class_name == WORKER and a.pid and (a.state == "ALIVE" or not alive)}
+    return {a.pid for a in actors if a.class_name == WORKER and a.pid}
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +75,64 @@ def test_two_workers_train_to_the_end(undisturbed: Path) -> None:
     assert progress.history[-1]["images"] == 12  # each validation image counted once, by whichever worker
 
 
-def test_a_worker_killed_in_mid_epoch_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
+def strike_second_worker(
+    monkeypatch: pytest.MonkeyPatch, by: signal.Signals, condition: Callable[[Path], Callable[[], bool]]
+) -> None:
+    """It gets the signal at each step where what `condition` made of the run's folder, as the worker began, is true."""
+    train_loop = training.train_loop
+
+    def doomed_train_loop(arguments: dict[str, Any]) -> None:
+        from nuciseg.engine.loop import Trainer
+
+        is_due, step = condition(arguments["job"].run_dir), Trainer._step
+
+        def doomed_step(*_: Any) -> Any:
+            if ray.train.get_context().get_world_rank() == 1 and is_due():
+                os.kill(os.getpid(), by)
+            return step(*_)
+
+        Trainer._step = doomed_step  # type: ignore[method-assign]
+        train_loop(arguments)
+
+    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
+
+
+def strike_once_in_mid_epoch(monkeypatch: pytest.MonkeyPatch, by: signal.Signals) -> None:
+    """In the second epoch; the id of the process that gets the signal is in `struck` in the run's folder.
+
+    By itself: until another process has found it the run may be over.
+    """
+
+    def once(run_dir: Path) -> Callable[[], bool]:
+        steps = itertools.count(1)
+
+        def is_due() -> bool:
+            due = next(steps) == 15 and not (run_dir / "struck").exists()
+            if due:
+                (run_dir / "struck").write_text(str(os.getpid()))
+            return due
+
+        return is_due
+
+    strike_second_worker(monkeypatch, by, once)
+
+
+def test_a_worker_killed_in_mid_epoch_changes_nothing(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strike_once_in_mid_epoch(monkeypatch, signal.SIGKILL)
     run_dir = tmp_path / "killed"
-    before = worker_pids(alive=False)
+    before = worker_pids()
     first_lines: list[str] = []
 
-    def kill_one_worker() -> Path:
-        wait_until(lambda: len(logged_epochs(run_dir)) >= 1, "the first epoch")
+    def await_death() -> Path:
+        wait_until((run_dir / "struck").exists, "the death of a worker")
         first_lines.append((run_dir / "metrics.jsonl").read_text().split("\n")[0])
-        os.kill(min(worker_pids() - before), signal.SIGKILL)
         return run_dir
 
-    with recovery_shown("a worker killed in mid-epoch", kill_one_worker):
+    with recovery_shown("a worker killed in mid-epoch", await_death):
         run_training(make_job(run_dir))
-    assert len(worker_pids(alive=False) - before) == 4, "two workers should have been replaced by two new ones"
+    assert len(worker_pids() - before) == 4, "two workers should have been replaced by two new ones"
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     # Not begun anew: the first epoch that the last checkpoint remembers is the one that ran before the kill.
     first = json.loads(first_lines[0])
@@ -142,32 +187,12 @@ def test_a_worker_killed_at_an_awkward_moment_changes_nothing(
     assert_one_wandb_run(run_dir)
 
 
-def kill_second_worker(monkeypatch: pytest.MonkeyPatch, condition: Callable[[Path], Callable[[], bool]]) -> None:
-    """It dies at each step where what `condition` made of the run's folder, as the worker began, is true."""
-    train_loop = training.train_loop
-
-    def doomed_train_loop(arguments: dict[str, Any]) -> None:
-        from nuciseg.engine.loop import Trainer
-
-        is_due, step = condition(arguments["job"].run_dir), Trainer._step
-
-        def doomed_step(*_: Any) -> Any:
-            if ray.train.get_context().get_world_rank() == 1 and is_due():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*_)
-
-        Trainer._step = doomed_step  # type: ignore[method-assign]
-        train_loop(arguments)
-
-    monkeypatch.setattr(training, "train_loop", doomed_train_loop)
-
-
 @pytest.mark.slow
 def test_a_run_whose_workers_die_again_and_again_ends_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second worker dies in each first step, and the other one loses the connection to it."""
-    kill_second_worker(monkeypatch, lambda run_dir: lambda: True)
+    strike_second_worker(monkeypatch, signal.SIGKILL, lambda run_dir: lambda: True)
     run_dir = tmp_path / "dying"
     with pytest.raises(TrainingError, match=r"the workers died more often than run\.max_failures \(0\) allows"):
         run_training(make_job(run_dir, **{"run.max_failures": 0}))
@@ -185,7 +210,7 @@ def test_a_run_whose_workers_die_after_each_epoch_comes_to_its_end(
         num_before = len(read_metrics(metrics))
         return lambda: len(read_metrics(metrics)) > num_before
 
-    kill_second_worker(monkeypatch, an_epoch_more)
+    strike_second_worker(monkeypatch, signal.SIGKILL, an_epoch_more)
     run_dir = tmp_path / "dying"
     run_training(make_job(run_dir, **{"run.max_failures": 0}))
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
@@ -196,23 +221,19 @@ def test_a_run_whose_workers_die_after_each_epoch_comes_to_its_end(
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_replaced(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TIMEOUT_VARIABLE, "5")  # Ray's own: 10 minutes
+    strike_once_in_mid_epoch(monkeypatch, signal.SIGSTOP)
     run_dir = tmp_path / "hanging"
-    before = worker_pids(alive=False)
-    halted: list[int] = []
 
-    def halt_one_worker() -> Path:
-        wait_until(lambda: len(logged_epochs(run_dir)) >= 1, "the first epoch")
-        halted.append(max(worker_pids() - before))
-        os.kill(halted[0], signal.SIGSTOP)
+    def await_halt() -> Path:
+        wait_until((run_dir / "struck").exists, "the halt of a worker")
         return run_dir
 
     try:
-        with recovery_shown("a worker halted, noticed after 5 s", halt_one_worker):
+        with recovery_shown("a worker halted, noticed after 5 s", await_halt):
             run_training(make_job(run_dir))
     finally:
-        for pid in halted:
-            with contextlib.suppress(ProcessLookupError):  # as it should be
-                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # as it should be
+            os.kill(int((run_dir / "struck").read_text()), signal.SIGKILL)
     assert logged_epochs(run_dir) == [1, 2, 3, 4, 5]
     assert_same_run(run_dir, undisturbed)
 
@@ -238,14 +259,14 @@ def test_gpus_that_no_node_has_are_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_without_endless_retries(tmp_path: Path) -> None:
-    before = worker_pids(alive=False)
+    before = worker_pids()
     run_dir = tmp_path / "run"
     explosive = {"optim.kind": "sgd", "optim.lr": 100.0, "optim.weight_decay": 10.0, "train.clip_norm": None,
                  "schedule.warmup_share": 0.0, "model.norm": "none"}  # fmt: skip
     with pytest.raises(NonFiniteLossError, match=r"in step \d+ at learning rate \S+ \(loss .*; gradient norm "):
         run_training(make_job(run_dir, **explosive))
     assert isinstance(noted_failure(run_dir), NonFiniteLossError)
-    assert len(worker_pids(alive=False) - before) <= 4, "the run was begun again more than once"
+    assert len(worker_pids() - before) <= 4, "the run was begun again more than once"
 
 
 @pytest.fixture
@@ -307,10 +328,10 @@ def test_memory_that_runs_out_again_ends_the_run(tmp_path: Path, monkeypatch: py
 
 def test_one_worker_runs_in_this_process(tmp_path: Path) -> None:
     """No second layer of actors: they cost about ten seconds a trial."""
-    before = worker_pids(alive=False)
+    before = worker_pids()
     run_training(make_job(tmp_path / "run", **{"scale.num_workers": 1, "train.epochs": 1}))
     assert (tmp_path / "run" / FINISHED_FILE).exists()
-    assert worker_pids(alive=False) == before
+    assert worker_pids() == before
 
 
 def test_a_finished_run_that_is_resumed_is_left_alone(undisturbed: Path) -> None:
