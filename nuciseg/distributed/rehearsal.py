@@ -28,7 +28,7 @@ from nuciseg.tracking import METRICS_FILE, RunIdentity, read_metrics
 from nuciseg.wandb_records import logged_epochs, wandb_files
 
 WORKER_CLASS = "RayTrainWorker"  # Ray Train's name for a worker's process
-EPOCHS = 8
+EPOCHS = 30  # after the first a worker is killed, as soon as Ray has said which processes they are: seconds may pass
 # On CPUs, where the same steps give the same bits. Small enough that the processes take longer to start than to train.
 TINY: dict[str, Any] = {
     "data": {
