@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from nuciseg.cli import INTERRUPTED
 from nuciseg.config import load_config, merged
 from nuciseg.distributed.failures import STOP_FILE
 from nuciseg.distributed.trials import RESULTS_FILE
-from nuciseg.distributed.worker import FINISHED_FILE
+from nuciseg.distributed.worker import FINISHED_FILE, LOOK_S
 from nuciseg.errors import StoppedError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -213,6 +214,7 @@ def test_a_run_of_two_workers_that_is_asked_to_end_goes_on_where_it_was(tmp_path
 
     def release_when_asked_to_end() -> None:
         wait_until((stopped / STOP_FILE).exists, "what the workers are told by")
+        time.sleep(LOOK_S)  # so long after its last look the first worker looks again in the step that is held
         release(stopped, middle_of_epoch_3)
 
     assert start("--config", "run.yaml", "--run.name", "calm").process.wait(timeout=200) == 0
