@@ -235,7 +235,7 @@ def test_an_interrupted_batch_goes_on(by: signal.Signals, tiny_fields_run: Path,
     words = ["--checkpoint", str(tiny_fields_run), str(tmp_path / "many"), "--out", str(out)]
 
     def is_within_a_later_image() -> bool:
-        begun = {path.name.split(".")[1] for path in out.glob(".field_*.tmp")}
+        begun = {path.name.removesuffix("_masks.tif") for path in out.glob(".*.tmp/*_masks.tif")}
         done = {path.name.removesuffix("_masks.tif") for path in out.glob("*_masks.tif")}
         return len(done) >= 2 and bool(begun - done)
 

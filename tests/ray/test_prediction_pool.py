@@ -51,7 +51,7 @@ def kill_within_an_image(out: Path, at_most: int) -> None:
         pids = sorted(actor_pids())
         for pid in pids:
             send(pid, signal.SIGSTOP)
-        within = len(pids) == len(list(out.glob(".field_*.tmp"))) == 2
+        within = len(pids) == len(list(out.glob(".*.tmp"))) == 2
         for number, pid in enumerate(pids):
             send(pid, signal.SIGKILL if within and number < at_most else signal.SIGCONT)
         return within
