@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
@@ -35,6 +33,7 @@ from nuciseg.scale import FORMS, ScaleConfig
 from nuciseg.section import Section
 from nuciseg.targets import TargetConfig, TouchingBorderConfig
 from nuciseg.tracking import TrackingConfig
+from nuciseg.yaml_files import as_yaml, read_mapping
 
 
 def _one_of(name: str, known: Sequence[str]) -> str:
@@ -293,7 +292,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """`extending` are the files that led here, so that a circle of them is noticed."""
-    values = _read_mapping(path)
+    values = read_mapping(path)
     name = values.pop(EXTENDS, None)
     if name is None:
         return values
@@ -307,37 +306,9 @@ def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     return merged(_read_extended(other, known), values)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"{path}: cannot read this configuration ({reason}); give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1}" if place else ""
-        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, found {type(values).__name__}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
-
-
 def write_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `--config` takes back. Raises ResourceError."""
-    write_bytes(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    write_bytes(path, as_yaml(config.model_dump(mode="json")).encode())
 
 
 class _Flags(BaseSettings, Config):
