@@ -11,23 +11,30 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class Section(BaseModel):
     """One part of the configuration. Give every field a type, bounds, a default and a `description` with its unit.
 
-    The word `none` stands for no value wherever a field may have none: YAML and the command line have it as text.
+    YAML and the command line have as text what has a type of its own: the word `none`, which stands for no value
+    wherever a field may have none, and the numbers of a `Literal`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _none_in_words(cls, values: Any) -> Any:
+    def _as_meant(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {key: None if value == "none" and cls._may_be_none(key) else value for key, value in values.items()}
+        fields = cls.model_fields
+        return {
+            key: _as_meant(value, _choices(fields[key].annotation)) if key in fields else value
+            for key, value in values.items()
+        }
 
-    @classmethod
-    def _may_be_none(cls, key: str) -> bool:
-        field = cls.model_fields.get(key)
-        choices = _choices(field.annotation) if field is not None else set()
-        return type(None) in choices and "none" not in choices
+
+def _as_meant(value: Any, choices: set[Any]) -> Any:
+    if value == "none" and type(None) in choices and "none" not in choices:
+        return None
+    if isinstance(value, str):
+        return next((choice for choice in choices if type(choice) is int and str(choice) == value), value)
+    return value
 
 
 def _choices(annotation: Any) -> set[Any]:

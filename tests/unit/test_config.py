@@ -109,6 +109,13 @@ def test_flags_take_none_booleans_lists_and_paths() -> None:
     assert config.tracking.tags == ("a", "b")
 
 
+def test_a_number_out_of_a_few_can_be_given_as_a_flag(tmp_path: Path) -> None:
+    assert from_command_line("--inference.num_views", "8").inference.num_views == 8
+    assert load_config(yaml_file(tmp_path, "inference: {num_views: '4'}")).inference.num_views == 4
+    with pytest.raises(ConfigError, match=r"inference\.num_views is '3': input should be 1, 2, 4 or 8"):
+        from_command_line("--inference.num_views", "3")
+
+
 def test_the_environment_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEED", "77")
     monkeypatch.setenv("OPTIM", '{"lr": 0.77}')
