@@ -36,7 +36,21 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means."""
+    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means.
+
+    PyYAML keeps the last of two equal keys without a word, and with it loses what the first one's section held.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, not in construct_mapping: by then `<<` may have put another mapping's keys beside this one's.
+        mapping: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in lines:
+                problem = f"{key.value!r} is there twice, first in line {lines[key.value]}: keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return mapping
 
 
 _Loader.add_implicit_resolver(
