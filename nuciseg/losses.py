@@ -12,11 +12,11 @@ Values per image, not per batch, so that sums over images do not depend on how i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import nn
 
 from nuciseg.errors import ConfigError
@@ -54,6 +54,12 @@ class BCEConfig(LossSection):
     positive_weight: PositiveFloat | tuple[PositiveFloat, ...] = Field(
         default=1.0, description="Factor w on the pixels where the target is 1: one number, or one for each target map."
     )
+
+    @field_validator("positive_weight", mode="before")
+    @classmethod
+    def _one_is_for_all_maps(cls, weights: Any) -> Any:
+        """The command line gives a list of one for a number."""
+        return weights[0] if isinstance(weights, list | tuple) and len(weights) == 1 else weights
 
     def per_map(self, logits_BKHW: torch.Tensor, targets_BKHW: torch.Tensor, valid_B1HW: torch.Tensor) -> torch.Tensor:
         num_maps = logits_BKHW.shape[1]

@@ -12,7 +12,7 @@ class Section(BaseModel):
     """One part of the configuration. Give every field a type, bounds, a default and a `description` with its unit.
 
     YAML and the command line have as text what has a type of its own: the word `none`, which stands for no value
-    wherever a field may have none, and the numbers of a `Literal`.
+    wherever a field may have none, and the numbers of a `Literal`. A flag of several values is a list, of one word too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -30,7 +30,7 @@ class Section(BaseModel):
 
 
 def _as_meant(value: Any, choices: set[Any]) -> Any:
-    if value == "none" and type(None) in choices and "none" not in choices:
+    if value in ("none", ["none"]) and type(None) in choices and "none" not in choices:
         return None
     if isinstance(value, str):
         return next((choice for choice in choices if type(choice) is int and str(choice) == value), value)

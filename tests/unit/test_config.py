@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nuciseg.config import (
     write_config,
 )
 from nuciseg.errors import ConfigError
+from nuciseg.losses import BCEConfig, CombinedConfig
 from nuciseg.targets import DecodeConfig, FullBorderConfig
 
 
@@ -114,6 +116,40 @@ def test_a_number_out_of_a_few_can_be_given_as_a_flag(tmp_path: Path) -> None:
     assert load_config(yaml_file(tmp_path, "inference: {num_views: '4'}")).inference.num_views == 4
     with pytest.raises(ConfigError, match=r"inference\.num_views is '3': input should be 1, 2, 4 or 8"):
         from_command_line("--inference.num_views", "3")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model": {"kind": "timm"}}, {"model": {"kind": "baseline"}}, {"target": {"kind": "depth"}}]
+    + [{"loss": {"kind": kind}} for kind in ("bce", "dice", "jaccard", "focal", "tversky", "mse")],
+    ids=str,
+)
+def test_every_value_of_the_defaults_can_be_given_as_a_flag(changes: dict[str, Any]) -> None:
+    config = load_config(overrides=changes)
+    words = [f"--{key}={as_flag(value)}" for key, value in values_of(config.model_dump(mode="json"))]
+    assert from_command_line(*words) == config
+
+
+def values_of(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and name != "space":
+            yield from values_of(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def as_flag(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "[]"
+    return "none" if value is None else str(value)
+
+
+def test_a_factor_for_all_maps_or_one_for_each_can_be_given_as_a_flag() -> None:
+    loss = from_command_line("--loss.bce.positive_weight", "3").loss
+    assert isinstance(loss, CombinedConfig)
+    assert loss.bce.positive_weight == 3
+    for_each = from_command_line("--loss.kind", "bce", "--loss.positive_weight", "3,4", "--loss.map_weights", "1,2")
+    assert for_each.loss == BCEConfig(positive_weight=(3, 4), map_weights=(1, 2))
 
 
 def test_the_environment_sets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
