@@ -32,7 +32,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def as_yaml(values: Mapping[str, Any]) -> str:
     """The text that `read_mapping` takes back."""
-    return yaml.safe_dump(values, sort_keys=False)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return text
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,8 +54,13 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)([eE][-+]?[0-9]+)$"),
+        list("-+0123456789."),
+    )

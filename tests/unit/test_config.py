@@ -231,6 +231,7 @@ def test_merging_changes_neither_side() -> None:
         ("--model.kind", "timm", "--model.encoder", "resnet34", "--optim.lr", "1.2345678901234567e-3"),
         ("--target.kind", "full_border", "--loss.kind", "focal", "--train.patience", "3", "--data.root", "x"),
         ("--model.kind", "baseline", "--schedule.kind", "one_cycle", "--train.clip_norm", "null"),
+        ("--run.name", "12e4567", "--run.group", "1e3", "--tracking.tags", "[1:30,0x1]"),
     ],
 )
 def test_the_resolved_configuration_can_be_given_back(tmp_path: Path, words: tuple[str, ...]) -> None:
