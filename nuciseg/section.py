@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -32,13 +32,18 @@ class Section(BaseModel):
 def _as_meant(value: Any, choices: set[Any]) -> Any:
     if value in ("none", ["none"]) and type(None) in choices and "none" not in choices:
         return None
+    numbers = {choice for choice in choices if choice in (int, float) or type(choice) is int}
     if isinstance(value, str):
-        return next((choice for choice in choices if type(choice) is int and str(choice) == value), value)
+        return next((number for number in numbers if str(number) == value), value)
+    if isinstance(value, bool) and numbers and bool not in choices:
+        return str(value).lower()  # or pydantic takes YAML's `yes` for 1; the word it refuses
     return value
 
 
 def _choices(annotation: Any) -> set[Any]:
     """The members of a union, with the values of its literals."""
+    if get_origin(annotation) is Annotated:
+        return _choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType, Literal):
         return {choice for part in get_args(annotation) for choice in _choices(part)}
     return {annotation}

@@ -37,7 +37,8 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means.
+    """YAML 1.1 reads `1e-4` as a string; here it is a number, as everybody who writes it means. `1:30`, there a number
+    to the base of 60, is a string here, and so no hours by mistake.
 
     PyYAML keeps the last of two equal keys without a word, and with it loses what the first one's section held.
     """
@@ -58,6 +59,11 @@ class _Dumper(yaml.SafeDumper):
     """Puts quotes around text that `_Loader` would read as a number."""
 
 
+# Before PyYAML's own, of which the first that fits counts.
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")), *resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float",
