@@ -33,7 +33,7 @@ from nuciseg.scale import FORMS, ScaleConfig
 from nuciseg.section import Section
 from nuciseg.targets import TargetConfig, TouchingBorderConfig
 from nuciseg.tracking import TrackingConfig
-from nuciseg.yaml_files import as_yaml, read_mapping
+from nuciseg.yaml_files import as_yaml, read_layers
 
 
 def _one_of(name: str, known: Sequence[str]) -> str:
@@ -269,41 +269,14 @@ def load_config(path: Path | None = None, overrides: Mapping[str, Any] | None = 
 def _layered(base: Mapping[str, Any], path: Path | None, flags: Mapping[str, Any]) -> Config:
     """Defaults < `base` < the YAML file at `path` < `flags`; raises ConfigError that names the one at fault."""
     values = merged(Config().model_dump(mode="json"), base)
-    if path is not None:
-        values = merged(values, read_yaml(path))
+    for layer in read_layers(path) if path is not None else []:
+        values = merged(values, layer)
     try:
         return parse_config(merged(values, flags), "flags")
     except ConfigError:
         if path is not None:
             parse_config(values, str(path))  # raises where the file is wrong without the flags, too
         raise
-
-
-EXTENDS = "extends"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, put over that of the file it `extends`, if any; raises ConfigError.
-
-    `extends: FILE` names a file beside it, or by a path from there; what both set counts as the file itself has it.
-    """
-    return _read_extended(path, ())
-
-
-def _read_extended(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    """`extending` are the files that led here, so that a circle of them is noticed."""
-    values = read_mapping(path)
-    name = values.pop(EXTENDS, None)
-    if name is None:
-        return values
-    if not isinstance(name, str):
-        raise ConfigError(f"{path}: {EXTENDS} takes the path of one YAML file, found {name!r}")
-    other, known = path.parent / name, (*extending, path.resolve())
-    if other.resolve() in known:
-        raise ConfigError(f"{path}: {EXTENDS} {name} leads back to a file that extends it; take the line out of one")
-    if not other.is_file():
-        raise ConfigError(f"{path}: {EXTENDS} {name}, but there is no file {other}")
-    return merged(_read_extended(other, known), values)
 
 
 def write_config(config: Config, path: Path) -> None:

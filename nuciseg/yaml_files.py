@@ -11,9 +11,31 @@ import yaml
 
 from nuciseg.errors import ConfigError
 
+EXTENDS = "extends"
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file; raises ConfigError."""
+
+def read_layers(path: Path, extending: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The mappings in a YAML file and in those that it `extends`, the weakest first; raises ConfigError.
+
+    `extends: FILE` names a file beside it, or by a path from there; what both set counts as the file itself has it.
+    `extending` are the files that led here, so that a circle of them is noticed. One by one, as what a section without
+    a `kind` means depends on what it lies over.
+    """
+    values = _read_mapping(path)
+    name = values.pop(EXTENDS, None)
+    if name is None:
+        return [values]
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}: {EXTENDS} takes the path of one YAML file, found {name!r}")
+    other, known = path.parent / name, (*extending, path.resolve())
+    if other.resolve() in known:
+        raise ConfigError(f"{path}: {EXTENDS} {name} leads back to a file that extends it; take the line out of one")
+    if not other.is_file():
+        raise ConfigError(f"{path}: {EXTENDS} {name}, but there is no file {other}")
+    return [*read_layers(other, known), values]
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -31,7 +53,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """The text that `read_mapping` takes back."""
+    """The text that `read_layers` takes back."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False)
     return text
 

@@ -24,7 +24,7 @@ from nuciseg.config import (
 )
 from nuciseg.errors import ConfigError
 from nuciseg.losses import BCEConfig, CombinedConfig
-from nuciseg.targets import DecodeConfig, FullBorderConfig
+from nuciseg.targets import DecodeConfig, DepthConfig, FullBorderConfig
 
 
 def from_command_line(*words: str, base: dict[str, Any] | None = None) -> Config:
@@ -70,6 +70,16 @@ def test_a_file_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
     assert config.model == Config().model  # another kind starts afresh, as with flags
     assert set(config.search.space) == {"optim.lr"}
     assert from_command_line("--config", str(path), "--train.epochs", "3").train.epochs == 3
+
+
+def test_another_kind_than_the_default_starts_afresh_over_an_extended_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("target: {width_px: 9, decode: {min_nuclei: 2}}")
+    path = yaml_file(tmp_path, "extends: recipe.yaml\ntarget: {kind: depth}")
+    assert load_config(path).target == DepthConfig(decode=DecodeConfig(min_nuclei=2))
+    path.write_text("extends: recipe.yaml\ntarget: {smooth_px: 0.5}")
+    base = {"target": {"kind": "full_border"}}
+    with_base = from_command_line("--config", str(path), base=base).target
+    assert with_base == FullBorderConfig(width_px=9, smooth_px=0.5, decode=DecodeConfig(min_nuclei=2))
 
 
 @pytest.mark.parametrize(
