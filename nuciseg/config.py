@@ -360,13 +360,14 @@ def _sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _sentence(error: ValidationError) -> str:
     """The first fault as one sentence: key, value, what is wrong."""
-    tags = _union_tags()  # the tags of unions stand in pydantic's location, but not in the key
     faults = []
     for fault in error.errors():
-        place = [part for part in fault["loc"] if part not in FORMS]
-        key = ".".join(str(part) for part in place if part not in tags or part == place[-1])
+        place = [str(part) for part in fault["loc"] if part not in FORMS]
+        # pydantic puts the kind behind the section where kinds differ in their keys.
+        kind = place.pop(1) if len(place) > 1 and _kinds(place[0]) else ""
+        key = ".".join(place)
         if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key {key!r}{nearest_key(key)}")
+            faults.append(_unknown(place, kind))
         elif fault["type"] == "value_error" and not key:
             faults.append(str(fault["ctx"]["error"]))
         else:
@@ -376,10 +377,22 @@ def _sentence(error: ValidationError) -> str:
     return faults[0] + more
 
 
-def _union_tags() -> set[str]:
-    tags: set[str] = set()
-    for field in Config.model_fields.values():
-        for section in _sections_of(field.annotation):
-            kind = section.model_fields.get("kind")
-            tags |= {str(tag) for tag in typing.get_args(kind.annotation)} if kind else set()
-    return tags
+def _unknown(place: Sequence[str], kind: str) -> str:
+    """What is wrong with a key that the configuration does not have there."""
+    key = ".".join(place)
+    parts = key.split(".")
+    if key not in set(known_keys()):
+        return f"unknown key {key!r}{nearest_key(key)}"
+    if len(parts) > len(place):
+        return f"unknown key {key!r}; write a section, {': {'.join(parts)}: ...{'}' * (len(parts) - 1)}"
+    section, name = place
+    owners = [other for other, model in _kinds(section).items() if name in model.model_fields]
+    return f"{section}.kind {kind} has no {name}, which belongs to {', '.join(owners)}"
+
+
+def _kinds(section: str) -> dict[str, type[BaseModel]]:
+    """What a section can be, by its `kind`; nothing where all kinds have the same keys."""
+    field = Config.model_fields.get(section)
+    if field is None or field.discriminator is None:
+        return {}
+    return {model.model_fields["kind"].default: model for model in _sections_of(field.annotation)}
