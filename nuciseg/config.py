@@ -304,7 +304,38 @@ def add_config_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     else:
         parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags count more")
     parser.allow_abbrev = False
-    return CliSettingsSource(_Flags, root_parser=parser, cli_parse_args=None)
+    source: CliSettingsSource[Any] = CliSettingsSource(_Flags, root_parser=parser, cli_parse_args=None)
+    # pydantic-settings tells of one kind where several have the key, and no default of a union.
+    for key, text in _help_texts().items():
+        parser._option_string_actions[f"--{key}"].help = text.replace("%", "%%")
+    return source
+
+
+def _help_texts() -> dict[str, str]:
+    """What `--help` says of each key, over all kinds of every section."""
+    texts = dict(_told(Config()))
+    for section in Config.model_fields:
+        kinds_by_text: dict[str, dict[str, list[str]]] = {}
+        for kind, model in _kinds(section).items():
+            # Not validated: that would load the library of encoders for a line of help.
+            for key, text in _told(model.model_construct(), f"{section}."):
+                kinds_by_text.setdefault(key, {}).setdefault(text, []).append(kind)
+        kinds_by_text.pop(f"{section}.kind", None)  # the default's, which is there already, counts
+        for key, kinds in kinds_by_text.items():
+            alike = len(kinds) == 1
+            texts[key] = "; ".join(text if alike else f"{', '.join(of)}: {text}" for text, of in kinds.items())
+    return texts
+
+
+def _told(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each key of a section with its description and default."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _told(value, f"{prefix}{name}.")
+        else:
+            default = "none" if value is None else value
+            yield prefix + name, f"{field.description or ''} (default: {default})".lstrip()
 
 
 def config_from_args(

@@ -369,6 +369,26 @@ def test_keys_of_every_kind_are_known() -> None:
     assert nearest_key("qqqqqqqq") == "; --help lists the keys"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "--model.kind {baseline,timm,unet} (default: unet)",
+        "--target.kind {depth,full_border,touching_border} (default: touching_border)",
+        "with more where there is room (default: 1)",
+        "tversky: Cost of false positives. (default: 0.3)",
+        "focal: Weight of pixels where the target is 1; the others have 1 - alpha. (default: 0.5)",
+        "depth: full width of the line between two nuclei, in pixels (default: 2)",
+        "none: verb and time (default: none)",
+    ],
+)
+def test_help_shows_the_default_of_each_kind(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("train", "what it does")
+    add_config_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_shows_type_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser("train", "what it does")
     add_config_flags(parser)
