@@ -103,6 +103,14 @@ class TimmConfig(Section):
     def _known_encoder(cls, name: str) -> str:
         return check_encoder_name(name)
 
+    @field_validator("input_range")
+    @classmethod
+    def _black_before_white(cls, input_range: tuple[float, float]) -> tuple[float, float]:
+        black, white = input_range
+        if black >= white:
+            raise ValueError(f"black {black} is not below white {white}: give the smaller number first")
+        return input_range
+
     @property
     def weights_file(self) -> Path | None:
         """The file that `pretrained` names, if it names one."""

@@ -305,6 +305,8 @@ def test_a_run_has_a_number_of_workers_or_a_range_of_them(tmp_path: Path) -> Non
         ("scale: {num_workers: {min: 1}}", "scale.num_workers.max is {'min': 1}: field required"),
         ("seed: 1\ndata: [1, 2]", "data is [1, 2]: "),
         ("- 1\n- 2", "a configuration is a mapping of sections, found list"),
+        ("model: {kind: timm, input_range: [1, 1]}", "model.input_range is [1, 1]: black 1.0 is not below"),
+        ("model: {kind: timm, input_range: [1.5, -0.5]}", "model.input_range is [1.5, -0.5]: black 1.5 is not below"),
         ("search: {max_hours: 1:30}", "search.max_hours is '1:30': input should be a valid number"),
         ("run: {checkpoint_minutes: 10:00}", "run.checkpoint_minutes is '10:00': input should be a valid number"),
         ("train: {patience: yes}", "train.patience is 'true': input should be a valid integer"),
