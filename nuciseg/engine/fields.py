@@ -163,23 +163,38 @@ def assembled(windows: Iterator[Window], shape: tuple[int, int]) -> Instances:
     return Instances(labels_HW, np.concatenate(confidences))
 
 
-def spread_windows(pixels: Pixels, side_px: int, per_side: int) -> Iterator[NDArray[Any]]:
-    """Square windows evenly spread over an image, `per_side` along each side, fewer where they would be the same."""
+def spread_windows(pixels: Pixels, side_px: int, per_side: int) -> list[NDArray[Any]]:
+    """Square windows evenly spread over an image, `per_side` along each side, fewer where they would be the same.
+
+    Where they all show one value and nothing else, as in a mosaic that was padded around a small piece of tissue, the
+    image is read window by window for others, and as many of those that show more are given, again evenly spread.
+    """
     height, width = pixels.shape
     tall, wide = min(height, side_px), min(width, side_px)
     tops = sorted({int(top) for top in np.linspace(0, height - tall, per_side)})
     lefts = sorted({int(left) for left in np.linspace(0, width - wide, per_side)})
-    return (pixels.read(top, left, tall, wide) for top in tops for left in lefts)
+    windows = [pixels.read(top, left, tall, wide) for top in tops for left in lefts]
+    value = windows[0][0, 0]
+    if any((window_HW != value).any() for window_HW in windows):
+        return windows
+    others = [
+        (top, left)
+        for top in (min(start, height - tall) for start in range(0, height, tall))
+        for left in (min(start, width - wide) for start in range(0, width, wide))
+        if (pixels.read(top, left, tall, wide) != value).any()
+    ]
+    step = max(1, -(-len(others) // per_side**2))
+    return [pixels.read(top, left, tall, wide) for top, left in others[::step]] or windows
 
 
 def bounds_of(pixels: Pixels, network: Network) -> tuple[float, float] | None:
-    """The raw values that become 0 and 1 in the whole image; None where all of its pixels that were seen are equal."""
+    """The raw values that become 0 and 1 in the whole image; None where all of its pixels are equal."""
     height, width = pixels.shape
     if height * width <= BOUNDS_SAMPLE_PX:
         seen = pixels.read(0, 0, height, width)
     else:
         per_side = int((BOUNDS_SAMPLE_PX**0.5) // _SAMPLE_SIDE_PX)
-        seen = np.stack(list(spread_windows(pixels, _SAMPLE_SIDE_PX, per_side)))
+        seen = np.stack(spread_windows(pixels, _SAMPLE_SIDE_PX, per_side))
     if seen.min() == seen.max():
         return None
     return normalization_bounds(seen.reshape(-1, 1, 1), network.config.data.normalization)

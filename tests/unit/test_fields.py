@@ -135,6 +135,24 @@ def test_a_slide_is_never_read_whole() -> None:
     assert sum(slide.asked_px) < 4.5e7
 
 
+def test_nuclei_between_the_sampled_windows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mosaic, padded with zeros around a small piece of tissue; the limits are those of a small image here."""
+    monkeypatch.setattr(fields, "BOUNDS_SAMPLE_PX", 64**2)
+    monkeypatch.setattr(fields, "_SAMPLE_SIDE_PX", 16)
+    monkeypatch.setattr("nuciseg.engine.nucleus_size.SAMPLE_PX", 200)
+    tissue_HW, labels_HW = draw_discs((180, 180), 60, least_gap=1.1)
+    mosaic_HW = np.zeros((1500, 1600), np.uint16)
+    mosaic_HW[210:390, 215:395] = tissue_HW
+    bounds = fields.bounds_of(ArrayPixels(mosaic_HW), NETWORK)
+    assert bounds is not None
+    assert bounds[0] < tissue_HW.min() + 1
+    assert bounds[1] == pytest.approx(tissue_HW.max(), rel=0.05)
+    estimate = estimated_diameter(NETWORK, ArrayPixels(mosaic_HW), KNOWN)
+    assert estimate == pytest.approx(median_diameter(labels_HW), rel=0.3)
+    grid = Grid.at(scale_for(60, KNOWN), 256)
+    assert num_matched(found(mosaic_HW, grid).labels_HW[210:390, 215:395], labels_HW) == labels_HW.max()
+
+
 @pytest.mark.parametrize("diameter_px", [5, 8, 15, 30, 70, 140])
 def test_the_size_of_nuclei_is_estimated(diameter_px: float) -> None:
     side = int(max(400, 8 * diameter_px))
