@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from nuciseg.data.cutting import CutSettings, cut_field
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, draw_field
 from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.datasets import open_samples, open_training_set
-from nuciseg.engine.fields import ArrayPixels
+from nuciseg.engine.fields import ArrayPixels, assembled
 from nuciseg.engine.files import Diameter, Request, predict_file
 from nuciseg.engine.inference import predict_instances
-from nuciseg.engine.prediction import Predictor, loaded_predictor, looks_cut_out
+from nuciseg.engine.nucleus_size import scale_for
+from nuciseg.engine.prediction import Plan, Predictor, loaded_predictor, looks_cut_out
 from nuciseg.errors import CheckpointError, ConfigError, DataError, ResourceError
 from nuciseg.types import Diameters
 
@@ -136,6 +138,31 @@ def test_the_scale_comes_from_the_diameter() -> None:
     assert estimated.grid.scale == pytest.approx(0.25, rel=0.3)
     unknown = hand_made(trained_on=None).plan(pixels, "x")
     assert (unknown.grid.scale, unknown.diameter_px, unknown.estimated) == (1, None, False)
+
+
+@pytest.mark.parametrize("tile_px", [512, 2048])
+@pytest.mark.parametrize("diameter_px", [5.0, 30.0, 45.0, 80.0, 160.0, 300.0])
+def test_a_tile_is_bounded_in_pixels_of_the_image(diameter_px: float, tile_px: int) -> None:
+    image_HW = np.broadcast_to(np.uint16(7), (12_000, 12_000))
+    grid = hand_made().plan(ArrayPixels(image_HW), "x", diameter_px, tile_px).grid
+    least_px = 256 * diameter_px / KNOWN.typical_px  # what the network sees is never less
+    assert grid.tile_px <= max(2 * tile_px, least_px) + least_px
+    assert grid.network_px <= tile_px
+    assert grid.network_px % 256 == 0
+    assert grid.scale == pytest.approx(scale_for(diameter_px, KNOWN), rel=0.04)
+
+
+def test_large_nuclei_are_the_same_in_tiles() -> None:
+    predictor = hand_made()
+    image_HW, labels_HW = draw_discs((1100, 1250), 110, least_gap=1.1, share=0.3)
+    plan = predictor.plan(ArrayPixels(image_HW), "x", 80.0, tile_px=256)
+    assert len(plan.grid.spans(1100)) == len(plan.grid.spans(1250)) == 2
+    one = Plan(replace(plan.grid, tile_px=8 * plan.grid.tile_px, network_px=8 * plan.grid.network_px), 80.0, False)
+    tiled, whole = (
+        assembled(predictor.windows(ArrayPixels(image_HW), each), image_HW.shape).labels_HW for each in (plan, one)
+    )
+    assert tiled.max() == whole.max() == labels_HW.max() > 20
+    assert len(np.unique(tiled * 1000 + whole)) == whole.max() + 1, "to the pixel"
 
 
 @pytest.mark.parametrize(("text", "length", "unit"), [("30", 30, "px"), (" 8.5 um", 8.5, "um"), ("8µm", 8, "um")])
