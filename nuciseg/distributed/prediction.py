@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 
 from nuciseg.engine.files import FileResult, Request, predict_file
-from nuciseg.engine.precision import local_device
+from nuciseg.engine.precision import is_out_of_memory, local_device
 from nuciseg.engine.prediction import Predictor
 from nuciseg.errors import DataError, ResourceError
 from nuciseg.outputs import ImageResult
@@ -57,7 +58,15 @@ def _result(
     try:
         return predict_file(predictor, path, request, on_share)
     except DataError as error:
-        return FileResult(ImageResult(str(path), reason=str(error)))
+        reason = str(error)
+    except (MemoryError, RuntimeError, cv2.error) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (
+            f"{path} takes more memory than there is; check --diameter, give a smaller --tile-px, or take a machine "
+            "with more"
+        )
+    return FileResult(ImageResult(str(path), reason=reason))
 
 
 class _PredictingActor:

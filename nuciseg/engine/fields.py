@@ -256,12 +256,21 @@ def _owned(instances: Instances, rows: _Span, columns: _Span) -> NDArray[np.bool
 
 def _rescaled(image_HW: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
     """The image at the network's resolution; its last rows and columns are repeated until the scale is exact."""
-    unit, units = grid.rim_px, [-(-length // grid.rim_px) for length in image_HW.shape]
-    bottom, right = (count * unit - length for count, length in zip(units, image_HW.shape, strict=True))
+    (padded_height, height), (padded_width, width) = (_padded_and_seen(length, grid) for length in image_HW.shape)
+    bottom, right = padded_height - image_HW.shape[0], padded_width - image_HW.shape[1]
     whole_HW = cv2.copyMakeBorder(image_HW, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
-    height, width = (count * (grid.network_px // OVERLAP) for count in units)
     interpolation = cv2.INTER_AREA if grid.scale < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(whole_HW, (width, height), interpolation=interpolation))
+
+
+def _padded_and_seen(length_px: int, grid: Grid) -> tuple[int, int]:
+    """Image pixels that a side of a window is filled up to, and the network pixels that they become."""
+    if grid.scale < 1 and length_px < grid.rim_px:
+        # A rim may be many times the image. With no other tile along this side, less than a pixel off is exact enough.
+        seen_px = -(-length_px * grid.network_px // grid.tile_px)
+        return -(-seen_px * grid.tile_px // grid.network_px), seen_px
+    units = -(-length_px // grid.rim_px)
+    return units * grid.rim_px, units * (grid.network_px // OVERLAP)
 
 
 def _at_image_resolution(

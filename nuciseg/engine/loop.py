@@ -26,6 +26,7 @@ from nuciseg.engine.datasets import TrainingSet, format_of
 from nuciseg.engine.epoch_part import EpochPart, Wish
 from nuciseg.engine.inference import Place, score_samples
 from nuciseg.engine.network import Network, begun_network, build_network
+from nuciseg.engine.precision import is_out_of_memory
 from nuciseg.errors import CheckpointError, NonFiniteLossError, OutOfMemoryError
 from nuciseg.losses import build_loss
 from nuciseg.metrics import ImageScores, Scores, rank
@@ -394,10 +395,6 @@ def _memory_watched(doing: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(f"out of memory in {doing}") from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

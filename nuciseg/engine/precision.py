@@ -1,4 +1,4 @@
-"""Which floating-point type and memory format a device computes fastest in."""
+"""Which floating-point type and memory format a device computes fastest in, and whether its memory was too small."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ class Precision:
 def local_device() -> torch.device:
     """The first GPU where there is one, else the CPU: for commands that compute in their own process."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy, torch or OpenCV raised `error` for want of memory."""
+    said = str(error)  # what torch raises on a CPU, and OpenCV, are classes for everything
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in said
+        or "Insufficient memory" in said
+    )
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> Precision:

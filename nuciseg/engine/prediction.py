@@ -29,9 +29,10 @@ MOST_LIT = 0.9  # share of pixels that are not 0; of the images of gnovis/nucleu
 LEAST_DRAWN = 0.5  # of those that lie beside a 0, a drawn border has more; in that data set it has 0.99
 ONE_PIECE = 0.99  # of those, the least that lie together
 LEAST_PART = 0.01  # of those; what is smaller is a speck, such as noise that was cut off at 0 leaves
-# So many times `tile_px` a tile may have along its side in the image: where large nuclei are reduced for the network, the
-# image's pixels fill the memory. With 2 the peak is 1.9 GB on 12,000 x 12,000 pixels, with 4 it was 3.8 GB.
+# So many times `tile_px` a tile may have along its side in the image: where large nuclei are reduced for the network,
+# the image's pixels fill the memory. With 2 the peak is 1.9 GB on 12,000 x 12,000 pixels, with 4 it was 3.8 GB.
 MOST_REDUCED = 2
+LARGEST_IN_SIDES = 4  # a diameter above so many times the image's longer side is a mistake, in its unit for example
 BRIDGED_PX = 8  # `cut --gap` lets nuclei of one cluster lie apart
 
 
@@ -66,15 +67,20 @@ class Predictor:
     def plan(self, pixels: Pixels, name: str, diameter_px: float | None = None, tile_px: int = TILE_PX) -> Plan:
         """How to show an image whose nuclei have this diameter, or one that is estimated.
 
-        The network sees tiles of `tile_px` x `tile_px` pixels; smaller ones, down to 256, where nuclei are so large that
-        these would be more than `MOST_REDUCED` times as many pixels of the image along a side.
+        The network sees tiles of `tile_px` x `tile_px` pixels; smaller ones, down to 256, where nuclei are so large
+        that these would be more than `MOST_REDUCED` times as many pixels of the image along a side.
 
         Raises DataError, which calls the image `name`, where the network is for another sort of image: for clusters
-        that were cut out on black, or for whole fields.
+        that were cut out on black, or for whole fields; and where `diameter_px` is beyond the image, by far.
         """
+        height, width = pixels.shape
+        if diameter_px is not None and diameter_px > LARGEST_IN_SIDES * max(height, width):
+            raise DataError(
+                f"nuclei of {diameter_px:g} px are larger than {name} ({height} x {width} px); check --diameter and "
+                "the size of a pixel"
+            )
         self._refuse_another_sort(pixels, name)
         if self.for_clusters:
-            height, width = pixels.shape
             whole = max(height, width)
             scale = 1.0 if diameter_px is None or self.trained_on is None else scale_for(diameter_px, self.trained_on)
             return Plan(Grid.at(scale, max(tile_px, _multiple(whole * scale))), diameter_px, estimated=False)

@@ -112,6 +112,20 @@ def test_an_image_of_one_value_has_no_nuclei(value: int) -> None:
     assert instances.confidences_N.shape == (0,)
 
 
+@pytest.mark.parametrize(("shape", "scale"), [((128, 128), 0.02), ((40, 3000), 0.005), ((300, 200), 0.1)])
+def test_a_small_image_is_not_filled_up_to_many_times_its_size(shape: tuple[int, int], scale: float) -> None:
+    grid = Grid.at(scale, 256)
+    assert max(shape) < grid.rim_px
+    rows_HW, columns_HW = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    seen_HW = fields._rescaled(rows_HW + columns_HW, grid)
+    height, width = (int(np.ceil(length * grid.scale - 1e-9)) for length in shape)
+    assert seen_HW.shape == (height, width)
+    middles_H, middles_W = ((np.arange(length) + 0.5) / grid.scale - 0.5 for length in (height, width))
+    expected_HW = middles_H[:, None] + middles_W
+    inside = np.s_[: height - 1, : width - 1]  # beyond, the image ends
+    assert seen_HW[inside] == pytest.approx(expected_HW[inside], abs=2)
+
+
 @dataclass
 class Slide:
     """An image of 20,000 x 20,000 pixels that repeats one of 500 x 500, and remembers how much of it was asked for."""

@@ -7,8 +7,10 @@ import importlib
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -20,6 +22,7 @@ import nuciseg
 import nuciseg.predict
 from nuciseg.data.cutting import CutSettings, cut_field
 from nuciseg.data.synthetic import SyntheticConfig, cluster_seed, draw_cluster, draw_field
+from nuciseg.distributed import prediction
 from nuciseg.engine.checkpoint import find_checkpoint, load_checkpoint
 from nuciseg.engine.datasets import open_samples, open_training_set
 from nuciseg.engine.fields import ArrayPixels, assembled
@@ -165,6 +168,16 @@ def test_large_nuclei_are_the_same_in_tiles() -> None:
     assert len(np.unique(tiled * 1000 + whole)) == whole.max() + 1, "to the pixel"
 
 
+@pytest.mark.parametrize("for_clusters", [True, False])
+def test_nuclei_far_larger_than_the_image_are_refused(for_clusters: bool) -> None:
+    image_HW = clusters()[0] if for_clusters else draw_discs((100, 128), 20)[0]
+    height, width = image_HW.shape
+    said = rf"^nuclei of 3000 px are larger than x.tif \({height} x {width} px\); check --diameter and the size of a "
+    with pytest.raises(DataError, match=said):
+        hand_made(for_clusters).plan(ArrayPixels(image_HW), "x.tif", 3000.0)
+    assert hand_made(for_clusters).plan(ArrayPixels(image_HW), "x.tif", 2.0 * max(height, width))
+
+
 @pytest.mark.parametrize(("text", "length", "unit"), [("30", 30, "px"), (" 8.5 um", 8.5, "um"), ("8µm", 8, "um")])
 def test_a_diameter_has_a_unit(text: str, length: float, unit: str) -> None:
     assert Diameter.parse(text) == Diameter(length, unit)
@@ -192,6 +205,40 @@ def test_more_nuclei_than_16_bits_can_number(tmp_path: Path) -> None:
     assert result.row.summary.num_nuclei == labels_HW.max() == len(np.unique(labels_HW)) - 1 == rows * columns > 65535
     assert shares == pytest.approx(np.arange(1, len(shares) + 1) / len(shares)), "what a bar shows"
     assert len(shares) > 4
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("shapes differ"), False),
+        ("cv2", True),
+    ],
+)
+def test_an_image_too_large_for_the_memory_is_one_sentence(
+    error: Exception | str, is_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_memory(*everything: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        cv2.resize(np.zeros((9, 9), np.float32), (2**20, 2**20 - 1))
+
+    monkeypatch.setattr(prediction, "predict_file", fill_the_memory)
+    result = partial(prediction._result, hand_made(), Path("x.tif"), Request(("masks",), Path("out")))
+    if not is_memory:
+        with pytest.raises(type(error)):
+            result()
+        return
+    row = result().row
+    assert row.summary is None
+    assert row.reason == (
+        "x.tif takes more memory than there is; check --diameter, give a smaller --tile-px, or take a machine with more"
+    )
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
