@@ -12,6 +12,7 @@ from drawn_fields import draw_discs, hand_made_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from skimage.measure import label
 
 from nuciseg.engine import fields
 from nuciseg.engine.fields import OVERLAP, TILE_PX, ArrayPixels, Grid, assembled, find_nuclei
@@ -78,6 +79,29 @@ def test_labels_come_back_at_the_resolution_of_the_image(diameter_px: float, sca
     large = np.bincount(labels_HW.ravel())[1:] > 0.2 * np.pi * diameter_px**2 / 4  # not cut off by the image's edge
     assert num_matched(instances.labels_HW, labels_HW) >= np.count_nonzero(large)
     assert num_matched(instances.labels_HW, labels_HW, percent_index=4) >= 0.9 * np.count_nonzero(large)  # IoU >= .7
+
+
+def test_a_nucleus_that_was_reduced_takes_no_rejected_foreground_beside_it() -> None:
+    labels_HW = np.zeros((14, 14), np.int32)
+    labels_HW[4:11, 3:11] = 1
+    foreground_HW = np.where(labels_HW > 0, 1, 0.2).astype(np.float32)
+    foreground_HW[2:5, 5:8] = np.array([1, 0.4, 0.6])[:, None]  # too small a region to be a nucleus, a gap, the edge
+    found_HW = fields._at_image_resolution(labels_HW, foreground_HW, 0.5, Grid(1024, 256), (56, 56))
+    assert label(found_HW, connectivity=2).max() == found_HW.max() == 1
+    assert not found_HW[:14].any()
+    assert found_HW[18:42, 14:42].all()
+
+
+def test_the_outline_of_a_nucleus_that_was_reduced_is_its_own() -> None:
+    """Not that of a neighbour, whose number is higher."""
+    labels_HW = np.zeros((12, 12), np.int32)
+    labels_HW[3:9, 2:6] = 1
+    labels_HW[2:9, 6:10] = 2
+    foreground_HW = (labels_HW > 0).astype(np.float32)
+    foreground_HW[2, 2:6] = 0.4
+    found_HW = fields._at_image_resolution(labels_HW, foreground_HW, 0.5, Grid(2048, 256), (96, 96))
+    assert found_HW[21:24, 20:44].all(), "beyond the last whole pixel"
+    assert set(np.unique(found_HW[:, :44])) == {0, 1}
 
 
 @given(scale=st.floats(0.05, 8.0), network_px=st.sampled_from([256, 512, 1024]), length=st.integers(1, 5000))
