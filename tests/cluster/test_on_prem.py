@@ -221,7 +221,7 @@ def test_run_goes_on_elsewhere_when_a_host_of_its_two_falls_silent(cluster: OnPr
         {
             "data": {"batch_size": 12},  # 4 steps an epoch
             "optim": {"lr": 0.02},
-            "train": {"epochs": 40, "calibrate": False},  # enough to go when the host has been found and cut off
+            "train": {"epochs": 24, "calibrate": False},  # enough to go when the host has been found and cut off
             "scale": {"num_workers": 2, "cpus_per_worker": 2},
             "run": {"storage_path": str(cluster.shared / "runs"), "name": "silent"},
             "tracking": {"kind": "offline"},
@@ -237,14 +237,14 @@ def test_run_goes_on_elsewhere_when_a_host_of_its_two_falls_silent(cluster: OnPr
     cluster.lan.cut_off(silent)
     try:
         cut_s, num_before = time.time(), len(logged_epochs(run_dir))
-        assert num_before < 32
+        assert num_before < 16
         # One might have been on its way into the file.
         show_seconds("a host silent, to the next epoch", seconds_until_epoch(run_dir, num_before + 2, cut_s))
         wait_for_end(job, cluster.laptop, limit_s=200)
     finally:
         cluster.lan.plug_in(silent)
         close_dashboard(forwarding)
-    assert logged_epochs(run_dir) == list(range(1, 41))
+    assert logged_epochs(run_dir) == list(range(1, 25))
     assert_one_wandb_run(run_dir)
     undisturbed = tmp_path / "undisturbed"
     on_workers(2, tmp_path / "rendezvous", _train, load_config(overrides=settings), undisturbed)
