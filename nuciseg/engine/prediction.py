@@ -30,7 +30,8 @@ LEAST_DRAWN = 0.5  # of those that lie beside a 0, a drawn border has more; in t
 ONE_PIECE = 0.99  # of those, the least that lie together
 LEAST_PART = 0.01  # of those; what is smaller is a speck, such as noise that was cut off at 0 leaves
 # So many times `tile_px` a tile may have along its side in the image: where large nuclei are reduced for the network,
-# the image's pixels fill the memory. With 2 the peak is 1.9 GB on 12,000 x 12,000 pixels, with 4 it was 3.8 GB.
+# the image's pixels fill the memory. With 2 the peak is 1.9 GB on 12,000 x 12,000 pixels, with 4 it was 3.8 GB:
+# /usr/bin/time -v python -m nuciseg.predict IMAGE --diameter 160 --no-overlay
 MOST_REDUCED = 2
 LARGEST_IN_SIDES = 4  # a diameter above so many times the image's longer side is a mistake, in its unit for example
 BRIDGED_PX = 8  # `cut --gap` lets nuclei of one cluster lie apart

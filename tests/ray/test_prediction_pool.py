@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_a_pool_writes_what_one_process_writes(
     assert sorted(pool.out.splitlines()[:-1]) == sorted(alone.out.splitlines()[:-1])
     assert pool.err == alone.err
     assert [row["status"] for row in read_summary_rows(tmp_path / "pool")] == ["done"] * 3 + ["failed"] + ["done"] * 2
+
+
+def test_a_pool_may_be_used_in_any_thread(tiny_fields_run: Path, fields: list[Path], tmp_path: Path) -> None:
+    """Only the main thread may set a signal's handler, which the pool puts back after Ray has set its own."""
+    request = Request(("masks",), tmp_path / "out")
+    with ThreadPoolExecutor() as threads:
+        found = threads.submit(list, predict_files(fields, find_checkpoint(tiny_fields_run), request, num_workers=2))
+        assert len(found.result()) == len(fields)
 
 
 def test_results_come_as_they_are_finished(tiny_fields_run: Path, fields: list[Path], tmp_path: Path) -> None:
